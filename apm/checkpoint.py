@@ -1,0 +1,161 @@
+"""Save and load models. Nothing in a checkpoint file is ever run.
+
+Two formats: this project's (config, preprocessing, provenance, weights) and the paper authors' bare
+state dicts, of which the positional encoding, the config and the preprocessing are not part.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apm.files import atomic_path
+from apm.model import APM, APMConfig
+from apm.preprocessing import Preprocessing
+
+FORMAT = "apm-checkpoint"
+
+# The released COCO model saw BGR images stretched to a square and scaled to their own range, and
+# learnt from tokens cut five places too early (CLS and four registers first).
+RELEASED_COCO = Preprocessing(fit="stretch", channels="BGR", scaling="min-max", token_offset=5)
+RELEASED_TTA = Preprocessing(fit="stretch", scaling="imagenet")
+
+
+def save_model(
+    path: str | os.PathLike,
+    model: APM,
+    provenance: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a checkpoint atomically.
+
+    Args:
+        model: its config, preprocessing and weights are saved.
+        provenance: how the model was made, as plain values; default the model's own.
+        dtype: precision of the saved weights; float16 halves the file.
+    """
+    content = {
+        "format": FORMAT,
+        "config": dataclasses.asdict(model.config),
+        "preprocessing": dataclasses.asdict(model.preprocessing),
+        "provenance": model.provenance if provenance is None else provenance,
+        "weights": {name: tensor.to("cpu", dtype) for name, tensor in model.state_dict().items()},
+    }
+    with atomic_path(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> APM:
+    """Load this project's checkpoints and both released formats, in float32 and eval mode.
+
+    ``model.preprocessing`` turns pictures into what the checkpoint was trained on.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is no checkpoint, or its weights do not fit its model.
+    """
+    content = load_tensors(path)
+    try:
+        model = _build(content)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path}: not a checkpoint of this model ({reason})") from error
+    return model.to(device).eval()
+
+
+def load_tensors(path: str | os.PathLike) -> Any:
+    """Read a file of tensors and plain values without running anything in it, onto the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds anything else, or is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises whatever the bytes provoke
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"{path}: not a checkpoint that can be read safely ({reason[0][:200]})"
+        ) from error
+
+
+def _build(content: Any) -> APM:
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, expected a dictionary")
+    provenance: dict[str, Any] = {}
+    if content.get("format") == FORMAT:
+        config = APMConfig(**content["config"])
+        preprocessing = Preprocessing(**content["preprocessing"])
+        weights, provenance = content["weights"], content["provenance"]
+    elif "fc1.weight" in content:
+        pooled = "little_query" in content
+        config = APMConfig.tta(_width(content, "feat_proj_head")) if pooled else APMConfig.coco()
+        preprocessing = RELEASED_TTA if pooled else RELEASED_COCO
+        weights = from_released(content)
+    else:
+        raise ValueError("neither this project's format nor the released keys (fc1.weight, ...)")
+    with torch.device("meta"):
+        model = APM(config)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name, shape in expected.items():
+        if name not in weights:
+            raise ValueError(f"weight {name} is missing")
+        if weights[name].shape != shape:
+            raise ValueError(f"{name} is {tuple(weights[name].shape)}, expected {tuple(shape)}")
+    if unknown := set(weights) - set(expected):
+        raise ValueError(f"unknown weights {', '.join(sorted(unknown)[:5])}")
+    model.load_state_dict(
+        {name: tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}, assign=True
+    )
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    model.preprocessing, model.provenance = preprocessing, provenance
+    return model
+
+
+def from_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Translate a state dict under the released keys, of the COCO or the TTT model.
+
+    Raises:
+        ValueError: if a key is missing or unknown.
+    """
+    state = dict(state)
+    layers = sorted((key[2:-7] for key in state if key.startswith("fc") and key.endswith(".weight")))
+    names = {"conv1": "fold", "feat_proj_head": "feature_head"}
+    names |= {f"fc{layer}": f"trunk.{index}" for index, layer in enumerate(layers[1:])}
+    names |= {f"rgb_head_{layer}": f"rgb_head.{layer - 2}" for layer in (2, 3)}
+    if "little_query" in state:
+        names |= {
+            "little_self_attention": "attention_pool.attention",
+            "little_self_attention.out_proj": "attention_pool.attention.out_proj",
+            "norm": "attention_pool.unused_norm",
+        }
+    try:
+        column_dim = state["fc1.weight"].shape[1] // 2
+        ours = {
+            "trunk_first.column.weight": state["fc1.weight"][:, :column_dim],
+            "trunk_first.column.bias": state.pop("fc1.bias"),
+            "trunk_first.position.weight": state.pop("fc1.weight")[:, column_dim:],
+            "rgb_first.feature.weight": state["rgb_head_1.weight"][:, : -2 * column_dim],
+            "rgb_first.column.weight": state["rgb_head_1.weight"][:, -2 * column_dim : -column_dim],
+            "rgb_first.column.bias": state.pop("rgb_head_1.bias"),
+            "rgb_first.position.weight": state.pop("rgb_head_1.weight")[:, -column_dim:],
+        }
+        if "little_query" in state:
+            ours["attention_pool.query"] = state.pop("little_query").flatten()
+        for key, tensor in state.items():
+            stem, _, kind = key.rpartition(".")
+            ours[f"{names[stem]}.{kind}"] = tensor
+    except KeyError as error:
+        raise ValueError(f"released checkpoint: key {error} is missing or unknown") from error
+    return ours
+
+
+def _width(state: dict[str, Tensor], layer: str) -> int:
+    return state[f"{layer}.weight"].shape[0]

@@ -1,0 +1,220 @@
+"""Image files in; pairs of images and teacher features out."""
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from apm.files import atomic_path
+from apm.preprocessing import Preprocessing, to_pixels
+
+IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Read any image file that Pillow reads as an upright 8-bit RGB image.
+
+    EXIF rotation is applied, transparency is laid over white, 16-bit and float images are scaled
+    to 8 bits, and of an animation the first frame is taken.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file cannot be read as an image.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:
+        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image, np.float32)
+        if values.max() > 255:  # 16 bits
+            values = values / 257
+        elif image.mode == "F" and values.max() <= 1:
+            values = values * 255
+        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def find_images(source: str | Path, limit: int | None = None) -> list[Path]:
+    """The image files named by ``source``: one file, or every image below a folder, sorted.
+
+    Raises:
+        FileNotFoundError: if ``source`` does not exist or a folder holds no image.
+    """
+    source = Path(source)
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    paths = sorted(path for path in _walk(source) if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise FileNotFoundError(f"{source}: no image in this folder")
+    return paths[:limit]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Every file below a folder; linked folders are followed, each real folder once."""
+    seen = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(parent))
+        folders[:] = [f for f in folders if os.path.realpath(Path(parent, f)) not in seen]
+        yield from (Path(parent, file) for file in files)
+
+
+def image_names(folder: Path, limit: int | None = None) -> dict[str, Path]:
+    """The images below a folder by their relative path without suffix."""
+    return {str(p.relative_to(folder).with_suffix("")): p for p in find_images(folder, limit)}
+
+
+class FeatureStore:
+    """Teacher features in the released layout: one ``.npy`` of ``(N, F)`` for each image.
+
+    ``store.json`` beside them says how they were made.
+
+    Attributes:
+        meta: the content of ``store.json``; at least ``grid_size`` and ``feature_dim``.
+    """
+
+    META = "store.json"
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        path = self.folder / self.META
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not found; make features with 1_extract_coco_features.py")
+        self.meta = json.loads(path.read_text())
+
+    @classmethod
+    def create(cls, folder: Path, meta: dict) -> "FeatureStore":
+        """Start a store, or go on with one that was made in the same way.
+
+        Raises:
+            ValueError: if the folder holds features made in another way.
+        """
+        path = folder / cls.META
+        if path.is_file():
+            present = json.loads(path.read_text())
+            for key, value in meta.items():
+                if present.get(key) != value:
+                    raise ValueError(
+                        f"{folder}: holds features with {key} {present.get(key)!r}, not {value!r}; "
+                        "choose another --output"
+                    )
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(meta, indent=2) + "\n")
+        return cls(folder)
+
+    def path(self, name: str) -> Path:
+        """Where the features of the image ``name`` (a relative path without suffix) lie."""
+        return self.folder / f"{name}.npy"
+
+    def write(self, name: str, features: Tensor) -> None:
+        """Store ``(N, F)`` features as float16."""
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            np.save(temporary, features.cpu().numpy().astype(np.float16))
+
+    def read(self, name: str) -> Tensor:
+        """``(N, F)`` float32."""
+        return torch.from_numpy(np.load(self.path(name), allow_pickle=False)).float()
+
+
+class PictureDataset(Dataset):
+    """Images for a teacher: ``(3, H, W)`` uint8, cut and resized by ``preprocessing``."""
+
+    def __init__(self, paths: Iterable[Path], preprocessing: Preprocessing) -> None:
+        self.paths = list(paths)
+        self.preprocessing = preprocessing
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return to_pixels(self.preprocessing.picture(load_image(self.paths[index])))
+
+
+class DistillationDataset(Dataset):
+    """Images with their teacher features, cropped and flipped alike.
+
+    An item is the image ``(3, H, W)`` uint8 RGB and its features ``(N, F)`` float32, row by row.
+    With ``augment``, a random square crop of at least half the side, flipped at random, is resized
+    to the full size, and the features are sampled at the crop's locations. The crop is a function
+    of seed, ``epoch`` and index.
+    """
+
+    def __init__(
+        self,
+        images: Iterable[Path],
+        names: Iterable[str],
+        store: FeatureStore,
+        augment: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.images, self.names = list(images), list(names)
+        self.store, self.augment, self.seed = store, augment, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        picture = load_image(self.images[index])
+        features = self.store.read(self.names[index])
+        if not self.augment:
+            return to_pixels(picture), features
+        random = np.random.default_rng((self.seed, self.epoch, index))
+        side = random.uniform(0.5, 1)  # of the crop, as a share of the picture's side
+        left, top = random.uniform(0, 1 - side, size=2)
+        box = picture.width * np.array([left, top, left + side, top + side])
+        picture = picture.resize(picture.size, Image.Resampling.BILINEAR, box=tuple(box))
+        image, features = to_pixels(picture), crop_features(features, left, top, side)
+        if random.random() < 0.5:
+            grid = features.unflatten(0, (self.store.meta["grid_size"], -1))
+            image, features = image.flip(-1), grid.flip(1).flatten(0, 1)
+        return image, features
+
+
+def crop_features(features: Tensor, left: float, top: float, side: float) -> Tensor:
+    """Features of a square crop, from those of the whole picture by bilinear sampling.
+
+    Args:
+        features: ``(N, F)`` on a square grid, row by row.
+        left, top, side: the crop, as shares of the picture's side.
+
+    Returns:
+        ``(N, F)``: the crop's own grid.
+    """
+    grid_size = round(len(features) ** 0.5)
+    theta = torch.tensor([[side, 0, 2 * left + side - 1], [0, side, 2 * top + side - 1]], dtype=torch.float32)
+    grid = F.affine_grid(theta[None], (1, 1, grid_size, grid_size), align_corners=False)
+    maps = features.T.reshape(1, -1, grid_size, grid_size)
+    cropped = F.grid_sample(maps, grid, padding_mode="border", align_corners=False)
+    return cropped[0].flatten(1).T

@@ -1,0 +1,78 @@
+"""Islands of agreement: locations with like features get like colours (Hinton 2021, GLOM)."""
+
+import numpy as np
+
+METHODS = ("tsne", "pca", "kmeans")
+CLUSTERS = 6
+
+
+def island_colours(
+    features: np.ndarray, method: str = "tsne", seed: int = 0, clusters: int = CLUSTERS
+) -> np.ndarray:
+    """A colour for each location; one call is one colour space.
+
+    Args:
+        features: ``(..., F)`` float: all locations that shall be comparable, of one image or many.
+        method: ``"tsne"`` embeds in three dimensions (the paper's), ``"pca"`` takes the first three
+            principal components, ``"kmeans"`` gives each of ``clusters`` clusters one colour.
+        seed: same seed, same colours.
+
+    Returns:
+        ``(..., 3)`` float32, RGB in [0, 1].
+
+    Raises:
+        ValueError: if the method is unknown.
+    """
+    points = features.reshape(-1, features.shape[-1]).astype(np.float32)
+    points = points - points.mean(axis=0)
+    if method == "tsne":
+        colours = _to_unit_range(_tsne(points, seed))
+    elif method == "pca":
+        colours = _to_unit_range(principal_components(points, 3))
+    elif method == "kmeans":
+        colours = _cluster_colours(points, clusters, seed)
+    else:
+        raise ValueError(f"islands method {method!r} must be one of {METHODS}")
+    return colours.reshape(*features.shape[:-1], 3).astype(np.float32)
+
+
+def principal_components(points: np.ndarray, dim: int) -> np.ndarray:
+    """Centred points ``(N, F)`` on their first principal axes: ``(N, dim)``, signs fixed."""
+    _, _, axes = np.linalg.svd(points.T @ points / len(points), hermitian=True)
+    axes = axes[:dim]
+    axes = axes * np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(axis=1)])[:, None]
+    projected = points @ axes.T
+    return np.pad(projected, ((0, 0), (0, dim - projected.shape[1])))
+
+
+def _tsne(points: np.ndarray, seed: int) -> np.ndarray:
+    import openTSNE  # imports scikit-learn: a second that the other methods do not need
+
+    points = principal_components(points, min(50, points.shape[1]))
+    if np.ptp(points) == 0:  # a constant image has one island
+        return np.zeros((len(points), 3), np.float32)
+    embedding = openTSNE.TSNE(
+        n_components=3,
+        perplexity=min(30, (len(points) - 1) / 3),
+        negative_gradient_method="bh",
+        random_state=seed,
+        n_jobs=2,
+    )
+    return np.asarray(embedding.fit(points), np.float32)
+
+
+def _cluster_colours(points: np.ndarray, clusters: int, seed: int) -> np.ndarray:
+    import matplotlib
+    from sklearn.cluster import KMeans
+
+    clusters = min(clusters, len(np.unique(points, axis=0)))
+    labels = KMeans(clusters, n_init=4, random_state=seed).fit_predict(points)
+    # Number clusters by their centre on the first component, so that colours do not jump about.
+    first = principal_components(points, 1)[:, 0]
+    order = np.argsort([first[labels == label].mean() for label in range(clusters)])
+    return matplotlib.colormaps["tab20"](np.argsort(order)[labels] % 20)[:, :3]
+
+
+def _to_unit_range(points: np.ndarray) -> np.ndarray:
+    low, high = np.percentile(points, (1, 99), axis=0)
+    return ((points - low) / np.maximum(high - low, 1e-12)).clip(0, 1)

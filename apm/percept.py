@@ -1,0 +1,74 @@
+"""What a model makes of one picture, as arrays ready to show, save and score."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from apm.cli import precision
+from apm.model import APM
+
+
+@dataclass(frozen=True)
+class Percept:
+    """A picture and the model's answers on its ``h x w`` grid.
+
+    Attributes:
+        picture: ``(H, W, 3)`` uint8 RGB, as the model saw it.
+        features: ``(h, w, F)`` float32.
+        rgb: ``(h, w, 3)`` float32 in [0, 1].
+    """
+
+    picture: np.ndarray
+    features: np.ndarray
+    rgb: np.ndarray
+
+
+@torch.inference_mode()
+def perceive(
+    model: APM,
+    image: Image.Image,
+    *,
+    chunk_size: int | None = None,
+    dtype: str = "float32",
+    local: bool = True,
+) -> Percept:
+    """Fold an RGB image and answer every location.
+
+    Args:
+        chunk_size: locations answered at a time.
+        dtype: precision of the matrix products, ``"float32"`` or ``"bfloat16"``.
+        local: give the model the local patches, if it has them; else from the column alone.
+    """
+    picture = model.preprocessing.picture(image)
+    images = model.preprocessing(image)[None].to(model.fold.weight.device)
+    with precision(images.device, dtype):
+        answers = model.query(
+            model.encode(images), chunk_size=chunk_size, images=images if local else None
+        )
+    features, rgb = (as_grid(answer[0], model) for answer in answers)
+    features = undo_token_offset(features, model.preprocessing.token_offset)
+    return Percept(np.asarray(picture), features, model.preprocessing.to_rgb(rgb).numpy())
+
+
+def as_grid(answers: Tensor, model: APM) -> Tensor:
+    """``(N, C)`` answers of the whole grid -> ``(h, w, C)`` float32 on the CPU."""
+    return answers.float().cpu().unflatten(0, (model.config.grid_size, -1))
+
+
+def undo_token_offset(features: Tensor, offset: int) -> np.ndarray:
+    """Put features back in their places where a checkpoint learnt them ``offset`` places late.
+
+    The last ``offset`` places were never learnt: they repeat the row above.
+
+    Args:
+        features: ``(h, w, F)``.
+    """
+    if offset:
+        height, width, _ = features.shape
+        tokens = features.flatten(0, 1).roll(-offset, dims=0)
+        tokens[-offset:] = tokens[-offset - width : -width]
+        features = tokens.unflatten(0, (height, width))
+    return features.numpy()

@@ -1,0 +1,48 @@
+"""How well islands agree with human masks: k-means on the locations against the mask's classes."""
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+UNLABELLED = 0
+MIN_LOCATIONS = 10
+PCA_DIM = 32
+
+
+def location_labels(mask: np.ndarray, patch_size: int) -> np.ndarray:
+    """Majority label of each patch: ``(H, W)`` int -> ``(h * w,)``, row by row."""
+    height, width = mask.shape[0] // patch_size, mask.shape[1] // patch_size
+    patches = mask.reshape(height, patch_size, width, patch_size).swapaxes(1, 2)
+    patches = patches.reshape(height * width, patch_size**2)
+    return np.array([np.bincount(patch).argmax() for patch in patches])
+
+
+def island_scores(features: np.ndarray, labels: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
+    """Cluster the locations with k-means and compare the clusters with the labels.
+
+    Features are centred and reduced to 32 dimensions; k is the number of classes with at least 10
+    locations; unlabelled locations (0) take part in the clustering but not in the comparison.
+
+    Args:
+        features: ``(N, F)`` float.
+        labels: ``(N,)`` int.
+
+    Returns:
+        Adjusted Rand index (at most 1, 0 by chance) and normalised mutual information (0..1);
+        None where fewer than two classes are large enough.
+    """
+    classes, counts = np.unique(labels[labels != UNLABELLED], return_counts=True)
+    k = int((counts >= MIN_LOCATIONS).sum())
+    if k < 2:
+        return None
+    features = features.astype(np.float32) - features.mean(axis=0, dtype=np.float32)
+    if features.shape[1] > PCA_DIM:
+        features = PCA(PCA_DIM, random_state=seed).fit_transform(features)
+    clusters = KMeans(k, n_init=4, random_state=seed).fit_predict(features)
+    labelled = labels != UNLABELLED
+    return (
+        adjusted_rand_score(labels[labelled], clusters[labelled]),
+        normalized_mutual_info_score(labels[labelled], clusters[labelled]),
+    )
