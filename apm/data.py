@@ -47,6 +47,22 @@ def load_image(path: str | Path) -> Image.Image:
         raise ValueError(f"{path}: cannot be read as an image ({error})") from error
 
 
+def load_labels(path: str | Path) -> Image.Image:
+    """Read a label image, whose pixel values (or palette indices) are class ids.
+
+    Raises:
+        ValueError: if the file cannot be read as an image with one channel.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if len(image.getbands()) != 1:
+                raise ValueError(f"mode {image.mode}, expected one channel of class ids")
+            return image.convert("I") if image.mode.startswith("I") else image
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise ValueError(f"{path}: cannot be read as a mask ({error})") from error
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image, np.float32)
@@ -137,9 +153,7 @@ class FeatureStore:
 
     def write(self, name: str, features: Tensor) -> None:
         """Store ``(N, F)`` features as float16."""
-        path = self.path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
+        with atomic_path(self.path(name)) as temporary:
             np.save(temporary, features.cpu().numpy().astype(np.float16))
 
     def read(self, name: str) -> Tensor:

@@ -14,7 +14,6 @@ from apm.files import atomic_path
 
 def save_figure(path: Path, figure: Figure, dpi: int = 100) -> None:
     """Write a figure atomically; the same figure gives the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=dpi, metadata={"Software": None})
 
@@ -65,6 +64,12 @@ def loss_figure(path: Path, history: Sequence[Mapping[str, float]]) -> None:
         axes.set(xlabel="epoch", yscale="log")
         axes.legend()
     save_figure(path, figure)
+
+
+def save_picture(path: Path, picture: np.ndarray) -> None:
+    """Write ``(H, W, 3)`` uint8 as an image file, atomically."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(picture).save(temporary)
 
 
 def save_gif(path: Path, frames: Sequence[np.ndarray], milliseconds: int = 120) -> None:

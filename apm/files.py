@@ -12,10 +12,13 @@ from pathlib import Path
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside ``path`` with its suffix, renamed to ``path`` if the block succeeds.
 
+    Missing folders are made.
+
     Example:
         ``with atomic_path("figure.png") as temporary: figure.savefig(temporary)``
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         yield temporary

@@ -27,7 +27,6 @@ def resize(item: tuple[str, Path], preprocessing: Preprocessing, output: Path) -
         picture = preprocessing.picture(load_image(path))
     except ValueError as error:
         return str(error)
-    target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(target) as temporary:
         picture.save(temporary, quality=95)
     return None

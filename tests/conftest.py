@@ -1,0 +1,63 @@
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from apm import APM, APMConfig, save_model
+from apm.preprocessing import Preprocessing
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+torch.set_num_threads(2)
+
+TINY = {
+    "image_size": 56,
+    "trunk_widths": (32, 24),
+    "feature_dim": 16,
+    "rgb_widths": (16,),
+    "position_dim": 32,
+}
+
+
+def make_model(**changes) -> APM:
+    """A model with random weights on a 4 x 4 grid."""
+    torch.manual_seed(0)
+    model = APM(APMConfig(**TINY | changes)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("local_null"):
+            torch.nn.init.normal_(parameter)
+    model.preprocessing = Preprocessing(image_size=56)
+    return model
+
+
+@pytest.fixture
+def model() -> APM:
+    return make_model(local_sizes=(14, 28))
+
+
+@pytest.fixture
+def checkpoint(tmp_path, model) -> Path:
+    path = tmp_path / "tiny.pth"
+    save_model(path, model)
+    return path
+
+
+def photograph(width: int = 80, height: int = 60, seed: int = 0) -> Image.Image:
+    """Smooth random colours with a bright square in the middle."""
+    small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+    image.paste((250, 240, 20), (width // 3, height // 3, width // 2, height // 2))
+    return image
+
+
+def load_script(relative: str):
+    """Import a script of the repository by its path, whatever its name."""
+    path = ROOT / relative
+    spec = importlib.util.spec_from_file_location(path.stem.replace("1_", ""), path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

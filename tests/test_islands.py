@@ -1,0 +1,99 @@
+import numpy as np
+import pytest
+import torch
+
+from apm.islands import METHODS, island_colours, principal_components
+from apm.percept import undo_token_offset
+from apm.scores import island_scores, location_labels
+
+
+def two_islands(side=12, width=20, noise=0.05):
+    random = np.random.default_rng(0)
+    centres = random.normal(size=(2, width))
+    labels = (np.arange(side * side) % side >= side // 2).astype(int)
+    features = centres[labels] + noise * random.normal(size=(side * side, width))
+    return features.reshape(side, side, width).astype(np.float32), labels.reshape(side, side)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_like_features_get_like_colours(method):
+    features, labels = two_islands()
+    colours = island_colours(features, method, clusters=2)
+    assert colours.shape == (12, 12, 3) and colours.dtype == np.float32
+    assert colours.min() >= 0 and colours.max() <= 1
+    one, other = colours[labels == 0], colours[labels == 1]
+    within = max(np.ptp(one, axis=0).min(), np.ptp(other, axis=0).min())
+    assert np.linalg.norm(one.mean(0) - other.mean(0)) > within
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_same_colours(method):
+    features, _ = two_islands(noise=1.0)
+    first, second = (island_colours(features, method, seed=3) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_constant_image_is_one_island(method):
+    colours = island_colours(np.ones((8, 8, 5), np.float32), method)
+    assert np.isfinite(colours).all()
+    assert np.ptp(colours.reshape(-1, 3), axis=0).max() == 0
+
+
+def test_two_images_share_one_colour_space():
+    features, labels = two_islands()
+    colours = island_colours(np.stack([features, features[:, ::-1]]), "pca")
+    np.testing.assert_allclose(colours[0], colours[1, :, ::-1], atol=1e-4)
+
+
+def test_unknown_methods_are_refused():
+    with pytest.raises(ValueError, match="umap"):
+        island_colours(np.zeros((4, 4, 5)), "umap")
+
+
+def test_principal_components_keep_all_the_variance_they_can():
+    points = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32) * [9, 5, 3, 1, 1, 1]
+    points -= points.mean(0)
+    projected = principal_components(points, 3)
+    singular = np.linalg.svd(points, compute_uv=False)
+    np.testing.assert_allclose(np.linalg.norm(projected, axis=0), singular[:3], rtol=1e-4)
+    assert principal_components(points[:, :2], 3).shape == (50, 3)
+
+
+def test_scores_of_perfect_and_of_useless_features():
+    features, labels = two_islands()
+    ari, nmi = island_scores(features.reshape(144, -1), labels.ravel() + 1)
+    assert ari == pytest.approx(1) and nmi == pytest.approx(1)
+    noise = np.random.default_rng(1).normal(size=(144, 8))
+    ari, _ = island_scores(noise, labels.ravel() + 1)
+    assert abs(ari) < 0.1
+
+
+def test_unlabelled_places_and_small_classes_do_not_count():
+    features, labels = two_islands()
+    labels = labels.ravel() + 1
+    labels[:6] = 0  # would be wrong if they counted
+    features = features.reshape(144, -1)
+    features[:6] = features[-1]
+    assert island_scores(features, labels)[0] == pytest.approx(1)
+    labels[20:25] = 9  # 5 locations: no third cluster is made for them
+    assert island_scores(features, labels)[0] > 0.85
+    assert island_scores(features, np.where(labels == 2, 0, 1)) is None
+
+
+def test_a_patch_has_its_majoritys_label():
+    mask = np.zeros((28, 42), int)
+    mask[:14, :14] = 5
+    mask[:14, 14:20] = 7
+    mask[14:, 30:] = 200
+    assert location_labels(mask, 14).tolist() == [5, 0, 0, 0, 0, 200]
+
+
+def test_token_offset_is_undone():
+    # Place n of a released model answers token n of (5 leading tokens, then the patches).
+    patches = torch.arange(64.0)
+    learnt = torch.cat([torch.full((5,), -1.0), patches])[:64].view(8, 8, 1)
+    shown = undo_token_offset(learnt, 5).ravel()
+    np.testing.assert_array_equal(shown[:59], patches[:59])
+    np.testing.assert_array_equal(shown[59:], patches[51:56])
+    np.testing.assert_array_equal(undo_token_offset(learnt, 0), learnt)

@@ -1,0 +1,204 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_model
+from reference import coco, grid_encoding, tta
+from torch import nn
+
+from apm import APM, APMConfig
+from apm.checkpoint import from_released
+from apm.model import local_patches
+
+
+def count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_parameter_counts_are_the_papers():
+    with torch.device("meta"):
+        assert count(APM(APMConfig.coco())) == 54_347_600
+        assert count(APM(APMConfig.tta())) == 22_822_224
+
+
+@pytest.mark.parametrize("build, config", [(coco, APMConfig.coco()), (tta, APMConfig.tta())])
+def test_equals_the_plain_released_model(build, config):
+    torch.manual_seed(0)
+    reference = build().eval()
+    model = APM(config).eval()
+    model.load_state_dict(from_released(reference.state_dict()))
+    images = torch.randn(2, 3, 448, 448)
+    with torch.inference_mode():
+        expected_features, expected_rgb = reference(images)
+        features, rgb = model(images)
+        torch.testing.assert_close(features, expected_features, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(rgb, expected_rgb, atol=1e-5, rtol=1e-4)
+        if config.pooling:
+            torch.testing.assert_close(
+                model.pool(features), reference.pool(expected_features), atol=1e-5, rtol=1e-4
+            )
+
+
+@pytest.fixture
+def asked(model):
+    images = torch.rand(2, 3, 56, 56)
+    with torch.inference_mode():
+        column = model.encode(images)
+        yield model, images, column, model.query(column, images=images)
+
+
+def test_order_does_not_matter(asked):
+    model, images, column, (features, rgb) = asked
+    order = torch.randperm(16)
+    shuffled = model.query(column, model.grid_positions()[order], images=images)
+    torch.testing.assert_close(shuffled[0], features[:, order], atol=1e-5, rtol=0)
+    torch.testing.assert_close(shuffled[1], rgb[:, order], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 16, 100])
+def test_chunks_do_not_matter(asked, chunk_size):
+    model, images, column, expected = asked
+    for answer, whole in zip(
+        model.query(column, chunk_size=chunk_size, images=images), expected, strict=True
+    ):
+        torch.testing.assert_close(answer, whole, atol=1e-5, rtol=0)
+
+
+def test_some_locations_are_answered_as_among_all(asked):
+    model, images, column, (features, _) = asked
+    some = torch.tensor([14, 3, 3, 7])
+    answers, _ = model.query(column, model.grid_positions()[some], images=images)
+    torch.testing.assert_close(answers, features[:, some], atol=1e-5, rtol=0)
+
+
+def test_a_location_between_grid_points_has_an_answer_of_its_own(asked):
+    model, images, column, (features, _) = asked
+    answers, _ = model.query(column, torch.tensor([[0.5, 0.5]]), images=images)
+    assert answers.shape == (2, 1, 16)
+    assert torch.cdist(answers[0], features[0]).min() > 1e-3
+
+
+def test_order_and_chunks_do_not_matter_in_the_coco_model():
+    torch.manual_seed(0)
+    model = APM(APMConfig.coco()).eval()
+    with torch.inference_mode():
+        column = model.encode(torch.rand(1, 3, 448, 448))
+        whole, _ = model.query(column)
+        order = torch.randperm(1024)
+        chunked, _ = model.query(column, model.grid_positions()[order], chunk_size=300)
+    torch.testing.assert_close(chunked, whole[:, order], atol=1e-5, rtol=0)
+
+
+def test_gradients_add_up_over_chunks():
+    model = make_model(local_sizes=(14,))
+    images = torch.rand(1, 3, 56, 56)
+
+    def gradients(chunks):
+        model.zero_grad()
+        for positions in chunks:
+            features, rgb = model.query(model.encode(images), positions, images=images)
+            (features.square().sum() + rgb.sum()).backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    grid = model.grid_positions()
+    pairs = zip(gradients([grid]), gradients(grid.split(5)), strict=True)
+    for whole, chunked in pairs:
+        torch.testing.assert_close(whole, chunked, atol=1e-4, rtol=1e-4)
+
+
+def test_without_images_the_null_stands_in():
+    model = make_model(local_sizes=(14,))
+    images = torch.rand(1, 3, 56, 56)
+    with torch.inference_mode():
+        column = model.encode(images)
+        with_patch, _ = model.query(column, images=images)
+        without, _ = model.query(column)
+        other_patch, _ = model.query(column, images=images.flip(-1))
+    assert not torch.allclose(with_patch, without)
+    assert not torch.allclose(with_patch, other_patch)
+
+
+def test_local_patches_are_the_pixels_around_the_location():
+    images = torch.rand(2, 3, 56, 56)
+    positions = make_model().grid_positions()
+    patches = local_patches(images, positions, (14, 28), 14)
+    assert patches.shape == (2, 16, 2 * 3 * 14 * 14)
+    own, wide = patches.split(3 * 14 * 14, dim=-1)
+    # The nearest neighbourhood at a grid point is the patch itself.
+    expected = F.unfold(images, 14, stride=14).transpose(1, 2)
+    torch.testing.assert_close(own, expected, atol=1e-4, rtol=0)
+    # 28 px around location (1, 2): columns 21..49, rows 7..35, cells of 2 px half a cell off.
+    blurred = F.avg_pool2d(images, 2)
+    blurred = (blurred + blurred.roll(-1, -1)) / 2
+    blurred = (blurred + blurred.roll(-1, -2)) / 2
+    expected = blurred[:, :, 3 : 3 + 14, 10 : 10 + 14].flatten(1)
+    torch.testing.assert_close(wide[:, 6], expected, atol=1e-4, rtol=0)
+
+
+def test_a_location_sees_its_own_neighbourhood_only():
+    model = make_model(local_sizes=(14, 28))
+    images = torch.rand(1, 3, 56, 56)
+    changed = images.clone()
+    changed[..., :14, :14] = 0
+    with torch.inference_mode():
+        column = model.encode(images)
+        difference = model.query(column, images=images)[0] - model.query(column, images=changed)[0]
+    moved = difference.abs().amax(dim=(0, 2)).view(4, 4) > 1e-6
+    assert moved[:2, :2].all()
+    assert not moved[2:].any() and not moved[:, 2:].any()
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_attention_pooling_equals_multihead_attention(heads):
+    model = make_model(pooling="attention", pool_heads=heads)
+    attention = model.attention_pool.attention
+    nn.init.normal_(attention.in_proj_bias)
+    nn.init.normal_(attention.out_proj.bias)
+    features = torch.randn(3, 16, 16)
+    tokens = features + grid_encoding(4, 16)
+    query = model.attention_pool.query.expand(3, 1, -1)
+    expected = attention(query, tokens, tokens)[0][:, 0]
+    torch.testing.assert_close(model.pool(features), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_pooling_some_locations_encodes_their_positions():
+    model = make_model(pooling="attention", pool_heads=2)
+    features, order = torch.randn(1, 16, 16), torch.randperm(16)
+    shuffled = model.pool(features[:, order], model.grid_positions()[order])
+    torch.testing.assert_close(shuffled, model.pool(features), atol=1e-5, rtol=1e-4)
+
+
+def test_mean_pooling():
+    features = torch.randn(2, 16, 16)
+    torch.testing.assert_close(make_model(pooling="mean").pool(features), features.mean(dim=1))
+
+
+def test_a_model_without_pooled_head_says_so(model):
+    with pytest.raises(ValueError, match="no pooled head"):
+        model.pool(torch.zeros(1, 16, 16))
+
+
+def test_wrong_shapes_and_chunks_are_named(model):
+    with pytest.raises(ValueError, match=r"\(1, 3, 60, 56\)"):
+        model.encode(torch.zeros(1, 3, 60, 56))
+    with pytest.raises(ValueError, match=r"\(1, 9\)"):
+        model.query(torch.zeros(1, 9))
+    with pytest.raises(ValueError, match="chunk size 0"):
+        model.query(torch.zeros(1, 16), chunk_size=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_size": 55},
+        {"position_dim": 30},
+        {"pooling": "max"},
+        {"pooling": "attention", "pool_heads": 5},
+        {"local_sizes": (20,)},
+        {"trunk_widths": ()},
+        {"trunk_widths": (-1,)},
+        {"feature_dim": 1.5},
+    ],
+)
+def test_an_impossible_config_is_refused(change):
+    with pytest.raises(ValueError, match=r".+"):
+        make_model(**change)

@@ -1,0 +1,176 @@
+"""Islands of agreement for a folder of photographs (COCO val2017), as a gallery, and their score.
+
+For each picture a figure: input, RGB reconstruction, islands; with --teacher also the teacher's
+islands in the same colours and where student and teacher differ. With --score, instead of figures:
+how well k-means islands of student, teacher, colour and position agree with semantic masks.
+"""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from apm import APM, load_model
+from apm.cli import ROOT, OUTPUTS, Results, command, make_parser, seed_everything, select_device
+from apm.data import find_images, load_image, load_labels
+from apm.figures import enlarge, overlay, panel_figure, save_figure, save_gallery
+from apm.files import prepare_output
+from apm.islands import METHODS, island_colours
+from apm.percept import perceive
+from apm.preprocessing import to_pixels
+from apm.scores import island_scores, location_labels
+from apm.teachers import DenseTeacher, load_dense_teacher
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """The script's flags."""
+    parser = make_parser(
+        __doc__,
+        *("--checkpoint", "--input", "--output", "--teacher", "--teacher-weights"),
+        *("--teacher-block", "--teacher-margin", "--device", "--dtype", "--seed", "--chunk-size"),
+        "--limit",
+        input=ROOT / "data" / "coco" / "val2017",
+        output=OUTPUTS / "visualize_coco",
+    )
+    add = parser.add_argument
+    add("--method", choices=METHODS, default="tsne", help="how islands are coloured")
+    add("--masks", type=Path, help="folder of semantic masks, PNG of class ids named as the images")
+    add("--score", action="store_true", help="score islands against --masks, draw nothing")
+    args = parser.parse_args(argv)
+    if args.score and args.masks is None:
+        raise ValueError("--score needs --masks: a folder of semantic masks")
+    return args
+
+
+def build_teacher(args: Namespace, model: APM, device: torch.device) -> DenseTeacher | None:
+    """The teacher that the flags name; block and margin default to those of the checkpoint."""
+    trained = model.provenance.get("teacher", {})
+    name = args.teacher or (args.teacher_weights and trained.get("teacher"))
+    if not name:
+        return None
+    known = trained if trained.get("teacher") == name else {}
+    block = known.get("block", -1) if args.teacher_block is None else args.teacher_block
+    margin = known.get("margin", 0) if args.teacher_margin is None else args.teacher_margin
+    teacher = load_dense_teacher(
+        name,
+        args.teacher_weights,
+        grid_size=model.config.grid_size,
+        block=block,
+        margin=margin,
+    )
+    return teacher.to(device)
+
+
+def features_of(
+    path: Path, model: APM, teacher: DenseTeacher | None, args: Namespace
+) -> dict[str, np.ndarray]:
+    """One picture's ``(h, w, C)`` arrays: student, teacher, colour, position; and the picture."""
+    image = load_image(path)
+    percept = perceive(model, image, chunk_size=args.chunk_size, dtype=args.dtype)
+    pixels = to_pixels(model.preprocessing.picture(image))[None] / 255  # (1, 3, H, W)
+    side = model.config.grid_size
+    colour = torch.nn.functional.avg_pool2d(pixels, model.config.patch_size)[0].permute(1, 2, 0)
+    arrays = {
+        "picture": percept.picture,
+        "rgb": percept.rgb,
+        "student": percept.features,
+        "colour": colour.numpy(),
+        "position": model.grid_positions().cpu().numpy().reshape(side, side, 2),
+    }
+    if model.config.local_sizes:
+        arrays["column alone"] = perceive(model, image, dtype=args.dtype, local=False).features
+    if teacher is not None:
+        answers = teacher(pixels.to(teacher.mean.device))[0]
+        arrays["teacher"] = answers.unflatten(0, (side, side)).cpu().numpy()
+    return arrays
+
+
+def draw(arrays: dict[str, np.ndarray], args: Namespace, path: Path) -> None:
+    """One picture's figure."""
+    side = len(arrays["picture"])
+    names = [name for name in ("student", "teacher") if name in arrays]
+    colours = island_colours(np.stack([arrays[name] for name in names]), args.method, args.seed)
+    panels = {
+        "input": arrays["picture"],
+        "RGB reconstruction": enlarge(arrays["rgb"], side),
+        "islands of agreement": enlarge(colours[0], side),
+        "islands over input": overlay(arrays["picture"], colours[0]),
+    }
+    if "teacher" in arrays:
+        student, target = (arrays[name] - arrays["teacher"].mean((0, 1)) for name in names)
+        norms = np.linalg.norm(student, axis=-1) * np.linalg.norm(target, axis=-1)
+        cosine = (student * target).sum(axis=-1) / np.maximum(norms, 1e-12)
+        panels["teacher's islands"] = enlarge(colours[1], side)
+        panels["error: (1 - cosine) / 2"] = (1 - cosine) / 2
+    save_figure(path, panel_figure(panels, rows=len(names)))
+
+
+def score(arrays: dict[str, np.ndarray], mask: Path, model: APM, seed: int) -> dict:
+    """ARI and NMI of every kind of feature on one picture; empty if its mask has one class."""
+    labels = model.preprocessing.labels(load_labels(mask))
+    labels = location_labels(labels, model.config.patch_size)
+    rows = {}
+    for name in ("student", "column alone", "teacher", "colour", "position"):
+        if name in arrays:
+            points = arrays[name].reshape(len(labels), -1)
+            if (values := island_scores(points, labels, seed)) is not None:
+                rows[name] = values
+    return rows
+
+
+def summarise(scored: list[dict]) -> dict[str, dict[str, float]]:
+    """Mean scores over the pictures that could be scored."""
+    return {
+        name: {
+            "ari": float(np.mean([rows[name][0] for rows in scored])),
+            "nmi": float(np.mean([rows[name][1] for rows in scored])),
+            "images": len(scored),
+        }
+        for name in (scored[0] if scored else ())
+    }
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    device = select_device(args.device)
+    paths = find_images(args.input, args.limit)
+    if args.score:
+        masks = {path.stem: path for path in find_images(args.masks)}
+        paths = [path for path in find_images(args.input) if path.stem in masks][: args.limit]
+        if not paths:
+            raise ValueError(f"{args.masks}: no mask is named as an image of {args.input}")
+    model = load_model(args.checkpoint, device)
+    teacher = build_teacher(args, model, device)
+    output = prepare_output(args.output)
+    results = Results(args, device)
+    seed_everything(args.seed)
+
+    figures, scored, skipped = [], [], {}
+    for path in tqdm(paths, unit="image"):
+        try:
+            arrays = features_of(path, model, teacher, args)
+            if args.score:
+                scored.append(score(arrays, masks[path.stem], model, args.seed))
+            else:
+                figures.append(Path(f"{path.stem}.png"))
+                draw(arrays, args, output / figures[-1])
+        except ValueError as error:
+            skipped[str(path)] = str(error)
+            tqdm.write(f"skipped {error}", file=sys.stderr)
+    if len(skipped) == len(paths):
+        raise ValueError(f"{args.input}: none of its {len(paths)} images could be read")
+    scores = summarise([rows for rows in scored if rows])
+    results.save(output, images=len(paths) - len(skipped), skipped=skipped, scores=scores)
+    for name, row in scores.items():
+        print(f"{name:13} ARI {row['ari']:.3f}  NMI {row['nmi']:.3f}  ({row['images']} images)")
+    if figures:
+        save_gallery(output / "index.html", "Islands of agreement", figures)
+        print(output / "index.html")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
