@@ -42,7 +42,7 @@ def percepts(
         ends: ``(2, 3, H, W)`` preprocessed images.
 
     Returns:
-        ``(steps, h, w, 3)`` in [0, 1] and ``(steps, h, w, F)``; the first and the last are the ends.
+        ``(steps, h, w, 3)`` in [0, 1] and ``(steps, h, w, F)``; first and last are the ends.
     """
     with precision(ends.device, dtype):
         first, last = model.encode(ends)

@@ -5,14 +5,15 @@ For each picture a figure: input, RGB reconstruction, islands, islands over the 
 
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+from PIL import Image
 
 from apm import APM, load_model
 from apm.cli import OUTPUTS, ROOT, Results, command, make_parser, seed_everything, select_device
-from apm.data import find_images, load_image
+from apm.data import image_names, load_image, load_images
 from apm.figures import enlarge, overlay, panel_figure, save_figure
 from apm.files import atomic_path, prepare_output
 from apm.islands import METHODS, island_colours
@@ -31,9 +32,10 @@ def draw(percept: Percept, islands: np.ndarray, path: Path) -> None:
     save_figure(path, panel_figure(panels))
 
 
-def predict(model: APM, path: Path, target: Path, args) -> dict[str, float]:
-    """One picture from file to figure; seconds of each part."""
-    image = load_image(path)
+def predict(
+    model: APM, image: Image.Image, target: Path, args: Namespace
+) -> dict[str, float | str]:
+    """One picture's figure, and the seconds of each part."""
     started = time.perf_counter()
     percept = perceive(model, image, chunk_size=args.chunk_size, dtype=args.dtype)
     answered = time.perf_counter()
@@ -44,6 +46,7 @@ def predict(model: APM, path: Path, target: Path, args) -> dict[str, float]:
         with atomic_path(target.with_suffix(".npz")) as temporary:
             np.savez(temporary, features=percept.features, rgb=percept.rgb, islands=islands)
     return {
+        "figure": str(target),
         "query_seconds": answered - started,
         "islands_seconds": coloured - answered,
         "figure_seconds": time.perf_counter() - coloured,
@@ -59,36 +62,32 @@ def main(argv: list[str] | None = None) -> None:
         input=ROOT / "assets" / "cat.jpg",
         output=OUTPUTS / "predict_test_image",
     )
-    parser.add_argument("--method", choices=METHODS, default="tsne", help="how islands are coloured")
+    parser.add_argument(
+        "--method", choices=METHODS, default="tsne", help="how islands are coloured"
+    )
     parser.add_argument(
         "--save-features", action="store_true", help="also write features, RGB and islands as .npz"
     )
     args = parser.parse_args(argv)
     device = select_device(args.device)
-    paths = find_images(args.input, args.limit)
-    alone = args.input.is_file()
-    if alone:
-        load_image(args.input)  # a bad file is refused before the model loads
+    paths = image_names(args.input, args.limit)
+    if len(paths) == 1:
+        load_image(*paths.values())  # a bad file is refused before anything is made
     model = load_model(args.checkpoint, device)
     output = prepare_output(args.output)
     results = Results(args, device)
     seed_everything(args.seed)
 
-    images, skipped = [], {}
-    for path in tqdm(paths, unit="image", disable=alone):
-        name = Path(path.name) if alone else path.relative_to(args.input)
-        target = output / name.with_name(f"{name.stem}_islands.png")
-        try:
-            images.append({"image": str(path), "figure": str(target)} | predict(model, path, target, args))
-        except ValueError as error:
-            if alone:
-                raise
-            skipped[str(path)] = str(error)
-            tqdm.write(f"skipped {error}", file=sys.stderr)
+    skipped: dict[str, str] = {}
+    images = [
+        {"image": str(paths[name])} | predict(model, image, output / f"{name}_islands.png", args)
+        for name, image in load_images(paths, skipped)
+    ]
     results.save(output, images=images, skipped=skipped)
-    if not images:
-        raise ValueError(f"{args.input}: none of its {len(paths)} files could be read as an image")
-    print(f"{len(images)} images, {len(skipped)} skipped" if not alone else images[0]["figure"])
+    if len(paths) == 1:
+        print(images[0]["figure"])
+    else:
+        print(f"{output}: {len(images)} images, {len(skipped)} skipped")
 
 
 if __name__ == "__main__":

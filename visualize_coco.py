@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from PIL import Image
 
 from apm import APM, load_model
-from apm.cli import ROOT, OUTPUTS, Results, command, make_parser, seed_everything, select_device
-from apm.data import find_images, load_image, load_labels
+from apm.cli import OUTPUTS, ROOT, Results, command, make_parser, seed_everything, select_device
+from apm.data import image_names, load_images, load_labels
 from apm.figures import enlarge, overlay, panel_figure, save_figure, save_gallery
 from apm.files import prepare_output
 from apm.islands import METHODS, island_colours
@@ -61,14 +61,18 @@ def build_teacher(args: Namespace, model: APM, device: torch.device) -> DenseTea
         block=block,
         margin=margin,
     )
+    if teacher.feature_dim != model.config.feature_dim:
+        raise ValueError(
+            f"teacher {name!r} has features of width {teacher.feature_dim}, the checkpoint answers "
+            f"{model.config.feature_dim}: name the teacher that it learnt from"
+        )
     return teacher.to(device)
 
 
 def features_of(
-    path: Path, model: APM, teacher: DenseTeacher | None, args: Namespace
+    image: Image.Image, model: APM, teacher: DenseTeacher | None, args: Namespace
 ) -> dict[str, np.ndarray]:
     """One picture's ``(h, w, C)`` arrays: student, teacher, colour, position; and the picture."""
-    image = load_image(path)
     percept = perceive(model, image, chunk_size=args.chunk_size, dtype=args.dtype)
     pixels = to_pixels(model.preprocessing.picture(image))[None] / 255  # (1, 3, H, W)
     side = model.config.grid_size
@@ -137,10 +141,10 @@ def summarise(scored: list[dict]) -> dict[str, dict[str, float]]:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = select_device(args.device)
-    paths = find_images(args.input, args.limit)
+    paths = image_names(args.input, None if args.score else args.limit)
     if args.score:
-        masks = {path.stem: path for path in find_images(args.masks)}
-        paths = [path for path in find_images(args.input) if path.stem in masks][: args.limit]
+        masks = image_names(args.masks)
+        paths = dict([item for item in paths.items() if item[0] in masks][: args.limit])
         if not paths:
             raise ValueError(f"{args.masks}: no mask is named as an image of {args.input}")
     model = load_model(args.checkpoint, device)
@@ -150,20 +154,16 @@ def main(argv: list[str] | None = None) -> None:
     seed_everything(args.seed)
 
     figures, scored, skipped = [], [], {}
-    for path in tqdm(paths, unit="image"):
-        try:
-            arrays = features_of(path, model, teacher, args)
-            if args.score:
-                scored.append(score(arrays, masks[path.stem], model, args.seed))
-            else:
-                figures.append(Path(f"{path.stem}.png"))
-                draw(arrays, args, output / figures[-1])
-        except ValueError as error:
-            skipped[str(path)] = str(error)
-            tqdm.write(f"skipped {error}", file=sys.stderr)
-    if len(skipped) == len(paths):
-        raise ValueError(f"{args.input}: none of its {len(paths)} images could be read")
+    for name, image in load_images(paths, skipped):
+        arrays = features_of(image, model, teacher, args)
+        if args.score:
+            scored.append(score(arrays, masks[name], model, args.seed))
+        else:
+            figures.append(Path(f"{name}.png"))
+            draw(arrays, args, output / figures[-1])
     scores = summarise([rows for rows in scored if rows])
+    if args.score and not scores:
+        raise ValueError(f"{args.masks}: no mask has two classes with 10 locations each")
     results.save(output, images=len(paths) - len(skipped), skipped=skipped, scores=scores)
     for name, row in scores.items():
         print(f"{name:13} ARI {row['ari']:.3f}  NMI {row['nmi']:.3f}  ({row['images']} images)")

@@ -126,7 +126,7 @@ def from_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
         ValueError: if a key is missing or unknown.
     """
     state = dict(state)
-    layers = sorted((key[2:-7] for key in state if key.startswith("fc") and key.endswith(".weight")))
+    layers = sorted(key[2:-7] for key in state if key.startswith("fc") and key.endswith(".weight"))
     names = {"conv1": "fold", "feat_proj_head": "feature_head"}
     names |= {f"fc{layer}": f"trunk.{index}" for index, layer in enumerate(layers[1:])}
     names |= {f"rgb_head_{layer}": f"rgb_head.{layer - 2}" for layer in (2, 3)}

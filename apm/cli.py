@@ -51,7 +51,11 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--teacher-weights": {"type": Path, "help": "teacher's weights file instead of a download"},
     "--teacher-block": {"type": int, "help": "teacher's block to take tokens from, -1 the last"},
     "--teacher-margin": {"type": int, "help": "patches by which images are mirrored outwards"},
-    "--device": {"choices": ("auto", "cpu", "cuda", "mps"), "default": "auto", "help": "where to run"},
+    "--device": {
+        "choices": ("auto", "cpu", "cuda", "mps"),
+        "default": "auto",
+        "help": "where to run",
+    },
     "--dtype": {
         "choices": ("float32", "bfloat16"),
         "default": "float32",
@@ -168,4 +172,6 @@ def device_name(device: torch.device) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
-    return value if isinstance(value, (int, float, str, bool, type(None), list, tuple)) else str(value)
+    return (
+        value if isinstance(value, (int, float, str, bool, type(None), list, tuple)) else str(value)
+    )

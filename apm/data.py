@@ -2,8 +2,10 @@
 
 import json
 import os
+import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from apm.files import atomic_path
 from apm.preprocessing import Preprocessing, to_pixels
@@ -45,6 +48,32 @@ def load_image(path: str | Path) -> Image.Image:
         Image.DecompressionBombWarning,
     ) as error:
         raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+
+
+def load_images(
+    paths: Mapping[str, Path], skipped: dict[str, str]
+) -> Iterator[tuple[str, Image.Image]]:
+    """Read named images one by one, with a progress bar.
+
+    A file that cannot be read is reported and added to ``skipped``, path to reason.
+
+    Raises:
+        ValueError: at the end, if none could be read; for a single file, with its own reason.
+    """
+    for name, path in tqdm(paths.items(), unit="image", disable=len(paths) == 1):
+        try:
+            image = load_image(path)
+        except ValueError as error:
+            skipped[str(path)] = str(error)
+            if len(paths) > 1:
+                tqdm.write(f"skipped {error}", file=sys.stderr)
+        else:
+            yield name, image
+    if len(skipped) == len(paths):
+        reason = next(iter(skipped.values()))
+        raise ValueError(
+            reason if len(paths) == 1 else f"none of {len(paths)} images could be read: {reason}"
+        )
 
 
 def load_labels(path: str | Path) -> Image.Image:
@@ -104,9 +133,23 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, file) for file in files)
 
 
-def image_names(folder: Path, limit: int | None = None) -> dict[str, Path]:
-    """The images below a folder by their relative path without suffix."""
-    return {str(p.relative_to(folder).with_suffix("")): p for p in find_images(folder, limit)}
+def image_names(source: str | Path, limit: int | None = None) -> dict[str, Path]:
+    """The images named by ``source`` under names for what is made of them.
+
+    A name is the path below the folder without suffix; where two images would share it, each keeps
+    its suffix.
+
+    Raises:
+        FileNotFoundError: as ``find_images``.
+    """
+    source, paths = Path(source), find_images(source, limit)
+    folder = source.parent if source.is_file() else source
+    whole = [path.relative_to(folder) for path in paths]
+    stems = Counter(str(path.with_suffix("")) for path in whole)
+    names = [
+        path.with_suffix("") if stems[str(path.with_suffix(""))] == 1 else path for path in whole
+    ]
+    return {str(name): path for name, path in zip(names, paths, strict=True)}
 
 
 class FeatureStore:
@@ -124,7 +167,9 @@ class FeatureStore:
         self.folder = Path(folder)
         path = self.folder / self.META
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: not found; make features with 1_extract_coco_features.py")
+            raise FileNotFoundError(
+                f"{path}: not found; make features with 1_extract_coco_features.py"
+            )
         self.meta = json.loads(path.read_text())
 
     @classmethod
@@ -179,9 +224,9 @@ class DistillationDataset(Dataset):
     """Images with their teacher features, cropped and flipped alike.
 
     An item is the image ``(3, H, W)`` uint8 RGB and its features ``(N, F)`` float32, row by row.
-    With ``augment``, a random square crop of at least half the side, flipped at random, is resized
-    to the full size, and the features are sampled at the crop's locations. The crop is a function
-    of seed, ``epoch`` and index.
+    With ``augment``, half of the pictures are cropped to a random square of at least half the side
+    and resized to the full size, and half are flipped; the features are sampled at the crop's
+    locations. The crop is a function of seed, ``epoch`` and index.
     """
 
     def __init__(
@@ -205,7 +250,7 @@ class DistillationDataset(Dataset):
         if not self.augment:
             return to_pixels(picture), features
         random = np.random.default_rng((self.seed, self.epoch, index))
-        side = random.uniform(0.5, 1)  # of the crop, as a share of the picture's side
+        side = min(random.uniform(0.5, 1.5), 1)  # of the crop, as a share of the picture's
         left, top = random.uniform(0, 1 - side, size=2)
         box = picture.width * np.array([left, top, left + side, top + side])
         picture = picture.resize(picture.size, Image.Resampling.BILINEAR, box=tuple(box))
@@ -227,7 +272,9 @@ def crop_features(features: Tensor, left: float, top: float, side: float) -> Ten
         ``(N, F)``: the crop's own grid.
     """
     grid_size = round(len(features) ** 0.5)
-    theta = torch.tensor([[side, 0, 2 * left + side - 1], [0, side, 2 * top + side - 1]], dtype=torch.float32)
+    theta = torch.tensor(
+        [[side, 0, 2 * left + side - 1], [0, side, 2 * top + side - 1]], dtype=torch.float32
+    )
     grid = F.affine_grid(theta[None], (1, 1, grid_size, grid_size), align_corners=False)
     maps = features.T.reshape(1, -1, grid_size, grid_size)
     cropped = F.grid_sample(maps, grid, padding_mode="border", align_corners=False)

@@ -9,7 +9,9 @@ def feature_loss(answers: Tensor, targets: Tensor) -> Tensor:
     return F.mse_loss(answers, targets)
 
 
-def standardised_feature_loss(answers: Tensor, targets: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def standardised_feature_loss(
+    answers: Tensor, targets: Tensor, mean: Tensor, std: Tensor
+) -> Tensor:
     """Squared error plus cosine distance of features whose channels weigh alike.
 
     Args:

@@ -34,7 +34,7 @@ class APMConfig:
         pool_heads: heads of the attention pooling.
         local_sizes: sides of the square neighbourhoods that make the local patch ``I_xy`` of
             Figure 1, each ``patch_size`` times a divisor of ``image_size`` and shown to the MLP
-            at a resolution of ``patch_size x patch_size``. Empty: no local patch, as in the released code.
+            at a resolution of ``patch_size x patch_size``. Empty: no local patch, as released.
     """
 
     image_size: int = 448
@@ -99,9 +99,7 @@ class APMConfig:
     @classmethod
     def tta(cls, feature_dim: int = 768) -> "APMConfig":
         """The paper's test-time training model: one CLIP CLS token, 22.8 M parameters."""
-        return cls(
-            trunk_widths=(4096, 2048, 1024), feature_dim=feature_dim, pooling="attention"
-        )
+        return cls(trunk_widths=(4096, 2048, 1024), feature_dim=feature_dim, pooling="attention")
 
     @classmethod
     def small(cls, feature_dim: int = 192) -> "APMConfig":
@@ -190,7 +188,10 @@ class QueryLinear(nn.Module):
         """``W_p p`` for ``(N, 2)`` positions -> ``(N, out_features)``."""
         half = self.position.in_features // 2
         terms = []
-        for axis, weight in ((1, self.position.weight[:, :half]), (0, self.position.weight[:, half:])):
+        for axis, weight in (
+            (1, self.position.weight[:, :half]),
+            (0, self.position.weight[:, half:]),
+        ):
             values, index = positions[:, axis].unique(return_inverse=True)
             terms.append(F.linear(sincos_1d(values, half).to(weight.dtype), weight)[index])
         return terms[0] + terms[1]

@@ -1,4 +1,4 @@
-"""Sine-cosine encoding of 2-D positions (paper, section 3; Vaswani et al. 2017 in two dimensions)."""
+"""Sine-cosine encoding of 2-D positions (paper, section 3; Vaswani et al. 2017, in 2-D)."""
 
 import math
 

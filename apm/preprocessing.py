@@ -51,7 +51,9 @@ class Preprocessing:
     def labels(self, mask: Image.Image) -> np.ndarray:
         """A label image cut and resized as its photograph is: ``(H, W)`` int64."""
         side = (self.image_size,) * 2
-        return np.asarray(mask.resize(side, Image.Resampling.NEAREST, box=self._box(mask)), np.int64)
+        return np.asarray(
+            mask.resize(side, Image.Resampling.NEAREST, box=self._box(mask)), np.int64
+        )
 
     def _box(self, image: Image.Image) -> tuple[float, float, float, float]:
         # The crop is taken first, so that a 1 x 5000 image does not become 448 x 2,240,000.
@@ -67,7 +69,7 @@ class Preprocessing:
         return self.normalise(to_pixels(self.picture(image)))
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """``(..., 3, H, W)`` uint8 RGB -> the same shape in float32 and the checkpoint's colours."""
+        """``(..., 3, H, W)`` uint8 RGB -> the same in float32 and the checkpoint's colours."""
         pixels = pixels.float()
         if self.scaling == "min-max":
             low = pixels.amin(dim=(-3, -2, -1), keepdim=True)

@@ -1,7 +1,6 @@
 """How well islands agree with human masks: k-means on the locations against the mask's classes."""
 
 import numpy as np
-import torch
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
@@ -19,7 +18,9 @@ def location_labels(mask: np.ndarray, patch_size: int) -> np.ndarray:
     return np.array([np.bincount(patch).argmax() for patch in patches])
 
 
-def island_scores(features: np.ndarray, labels: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
+def island_scores(
+    features: np.ndarray, labels: np.ndarray, seed: int = 0
+) -> tuple[float, float] | None:
     """Cluster the locations with k-means and compare the clusters with the labels.
 
     Features are centred and reduced to 32 dimensions; k is the number of classes with at least 10
@@ -33,7 +34,7 @@ def island_scores(features: np.ndarray, labels: np.ndarray, seed: int = 0) -> tu
         Adjusted Rand index (at most 1, 0 by chance) and normalised mutual information (0..1);
         None where fewer than two classes are large enough.
     """
-    classes, counts = np.unique(labels[labels != UNLABELLED], return_counts=True)
+    counts = np.bincount(labels[labels != UNLABELLED])
     k = int((counts >= MIN_LOCATIONS).sum())
     if k < 2:
         return None

@@ -54,7 +54,11 @@ class DenseTeacher(nn.Module):
             ).clamp(0, 1)
         images = F.pad((images - self.mean) / self.std, (border,) * 4, mode="reflect")
         tokens = self.vit.forward_intermediates(
-            images, indices=[self.block], norm=True, output_fmt="NCHW", intermediates_only=True,
+            images,
+            indices=[self.block],
+            norm=True,
+            output_fmt="NCHW",
+            intermediates_only=True,
             stop_early=True,
         )[0]  # (B, F, grid + 2 margin, grid + 2 margin), without CLS and register tokens
         inner = slice(self.margin, self.margin + self.grid_size)
@@ -103,7 +107,9 @@ def _patch_size(name: str) -> int:
     with torch.device("meta"):
         vit = timm.create_model(name)
     if not isinstance(vit, VisionTransformer):
-        raise ValueError(f"teacher {name!r} is a {type(vit).__name__}, expected a plain ViT of timm")
+        raise ValueError(
+            f"teacher {name!r} is a {type(vit).__name__}, expected a plain ViT of timm"
+        )
     return vit.patch_embed.patch_size[0]
 
 

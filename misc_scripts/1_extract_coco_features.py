@@ -6,7 +6,6 @@ after an interruption: images that have their features are skipped.
 
 import sys
 
-import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 

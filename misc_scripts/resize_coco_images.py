@@ -6,7 +6,7 @@ train.py reads are both of these squares. Sub-folders are kept; what is already 
 
 import sys
 from functools import partial
-from multiprocessing import Pool
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from tqdm import tqdm
@@ -42,16 +42,17 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--input is needed: a folder of images")
     items = image_names(args.input, args.limit)
     output = prepare_output(args.output)
-    work = partial(
-        resize, preprocessing=Preprocessing(image_size=args.image_size), output=output
-    )
-    with Pool(max(args.workers, 1)) as pool:
+    work = partial(resize, preprocessing=Preprocessing(image_size=args.image_size), output=output)
+    with ThreadPool(max(args.workers, 1)) as pool:
         problems = list(
-            filter(None, tqdm(pool.imap_unordered(work, items.items(), 16), total=len(items), unit="image"))
+            filter(
+                None,
+                tqdm(pool.imap_unordered(work, items.items(), 16), total=len(items), unit="image"),
+            )
         )
     for problem in problems:
         print(f"skipped {problem}", file=sys.stderr)
-    print(f"{len(items) - len(problems)} images of {args.image_size} px in {output}, {len(problems)} skipped")
+    print(f"{len(items) - len(problems)} images in {output}, {len(problems)} skipped")
 
 
 if __name__ == "__main__":

@@ -31,9 +31,11 @@ def test_every_mode_becomes_upright_rgb(tmp_path):
         image.save(tmp_path / name)
         loaded = load_image(tmp_path / name)
         assert loaded.mode == "RGB" and loaded.size == base.size
-        grey = np.asarray(loaded.convert("L"), int)
-        difference = np.abs(grey - np.asarray(base.convert("L"), int)).mean()
-        assert difference < (60 if name == "one.png" else 6), name
+        difference = np.asarray(loaded.convert("L"), int) - np.asarray(base.convert("L"), int)
+        if name == "one.png":  # dithered: right on average only
+            assert abs(difference.mean()) < 6
+        else:
+            assert np.abs(difference).mean() < 6, name
 
 
 def test_transparency_is_laid_over_white(tmp_path):
@@ -99,7 +101,9 @@ def test_features_survive_the_store(tmp_path):
     store = FeatureStore.create(tmp_path, {"grid_size": 4, "feature_dim": 8})
     features = torch.randn(16, 8)
     store.write("sub/image", features)
-    torch.testing.assert_close(FeatureStore(tmp_path).read("sub/image"), features, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        FeatureStore(tmp_path).read("sub/image"), features, atol=2e-3, rtol=1e-3
+    )
 
 
 def test_a_store_of_another_teacher_is_refused(tmp_path):
@@ -135,10 +139,11 @@ def test_image_and_features_are_cropped_and_flipped_alike(tmp_path):
     store.write("a", colours(picture.permute(2, 0, 1)))
     data = DistillationDataset([tmp_path / "a.png"], ["a"], store, augment=True)
     seen = []
-    for data.epoch in range(8):
+    for data.epoch in range(12):
         image, features = data[0]
         assert (colours(image) - features).abs().mean() < 2
         seen.append(image)
-    assert len({image.float().mean().item() for image in seen}) == 8
+    means = {image.float().mean().item() for image in seen}
+    assert 3 <= len(means) <= 11  # some are cropped, some not
     data.epoch = 3
     assert torch.equal(data[0][0], seen[3])

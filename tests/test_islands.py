@@ -41,7 +41,7 @@ def test_a_constant_image_is_one_island(method):
 
 
 def test_two_images_share_one_colour_space():
-    features, labels = two_islands()
+    features, _ = two_islands()
     colours = island_colours(np.stack([features, features[:, ::-1]]), "pca")
     np.testing.assert_allclose(colours[0], colours[1, :, ::-1], atol=1e-4)
 

@@ -35,8 +35,11 @@ def test_tokens_land_at_their_patches_with_random_weights(name, margin):
     patch = side // 6
     for row, column in ((0, 0), (2, 3), (5, 5), (0, 5)):
         marked = images.clone()
-        cell = (..., slice(row * patch + 3, (row + 1) * patch - 3),
-                slice(column * patch + 3, (column + 1) * patch - 3))
+        cell = (
+            ...,
+            slice(row * patch + 3, (row + 1) * patch - 3),
+            slice(column * patch + 3, (column + 1) * patch - 3),
+        )
         marked[cell] = 1 - marked[cell]
         moved = (teacher(marked) - plain).abs().amax(dim=-1).view(6, 6) > 1e-4
         assert moved.nonzero().tolist() == [[row, column]]
@@ -47,13 +50,17 @@ def test_normalisation_is_timms_with_random_weights():
     seen = []
     teacher.vit.patch_embed.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     teacher(torch.ones(1, 3, 56, 56))
-    expected = [(1 - m) / s for m, s in zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)]
+    expected = [
+        (1 - m) / s for m, s in zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)
+    ]
     torch.testing.assert_close(seen[0][0, :, 5, 5], torch.tensor(expected))
 
 
 def test_blocks_differ_and_the_last_is_minus_one_with_random_weights():
     images = torch.rand(1, 3, 64, 64)
-    by_block = [random_weights_teacher("vit_tiny_patch16_224", 4, block=b)(images) for b in (3, 11, -1)]
+    by_block = [
+        random_weights_teacher("vit_tiny_patch16_224", 4, block=b)(images) for b in (3, 11, -1)
+    ]
     assert not torch.allclose(by_block[0], by_block[1])
     torch.testing.assert_close(by_block[1], by_block[2])
 
