@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from apm import APM, load_model
 from apm.cli import (
@@ -24,10 +23,10 @@ from apm.cli import (
     select_device,
 )
 from apm.data import load_image
-from apm.figures import enlarge, save_figure, save_gif, save_picture
 from apm.files import prepare_output
 from apm.islands import METHODS, island_colours
 from apm.percept import as_grid, undo_token_offset
+from apm.pictures import enlarge, panels, save_gif, save_picture
 
 FRAME_SIDE = 320
 
@@ -55,24 +54,15 @@ def percepts(
     return np.stack(rgb), np.stack(features)
 
 
-def strip(pictures: list[np.ndarray], rgb: np.ndarray, islands: np.ndarray) -> Figure:
+def strip(pictures: list[np.ndarray], rgb: np.ndarray, islands: np.ndarray) -> np.ndarray:
     """All frames in two rows, the two input pictures at the sides."""
-    steps = len(rgb)
-    figure = Figure(figsize=(1.7 * (steps + 2), 3.9), layout="constrained")
-    grid = figure.subplots(2, steps + 2)
-    for axes in grid.flat:
-        axes.set(xticks=[], yticks=[])
-    for column, (label, picture) in zip((0, -1), zip("AB", pictures, strict=True), strict=True):
-        grid[0, column].imshow(picture)
-        grid[0, column].set_title(f"image {label}")
-        grid[1, column].set_axis_off()
-    for step in range(steps):
-        grid[0, step + 1].imshow(rgb[step], interpolation="nearest")
-        grid[0, step + 1].set_title(f"{step / (steps - 1):.2f}")
-        grid[1, step + 1].imshow(islands[step], interpolation="nearest")
-    grid[0, 1].set_ylabel("RGB")
-    grid[1, 1].set_ylabel("islands")
-    return figure
+    shares = [f"{share:.2f}" for share in np.linspace(0, 1, len(rgb))]
+    blank = np.full_like(pictures[0], 255)
+    rows = [
+        {"A": pictures[0]} | dict(zip(shares, rgb, strict=True)) | {"B": pictures[1]},
+        {"": blank} | {f"islands {s}": i for s, i in zip(shares, islands, strict=True)},
+    ]
+    return panels(rows, side=160)
 
 
 @command
@@ -112,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     for step, frame in enumerate(frames):
         save_picture(output / f"frame_{step:03}.png", frame)
     pictures = [np.asarray(model.preprocessing.picture(image)) for image in images]
-    save_figure(output / "strip.png", strip(pictures, rgb, islands))
+    save_picture(output / "strip.png", strip(pictures, rgb, islands))
     save_gif(output / "interpolation.gif", frames)
     results.save(output, frames=len(frames))
     print(output / "strip.png")

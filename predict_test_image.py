@@ -14,22 +14,21 @@ from PIL import Image
 from apm import APM, load_model
 from apm.cli import OUTPUTS, ROOT, Results, command, make_parser, seed_everything, select_device
 from apm.data import image_names, load_image, load_images
-from apm.figures import enlarge, overlay, panel_figure, save_figure
 from apm.files import atomic_path, prepare_output
 from apm.islands import METHODS, island_colours
 from apm.percept import Percept, perceive
+from apm.pictures import overlay, panels, save_picture
 
 
 def draw(percept: Percept, islands: np.ndarray, path: Path) -> None:
     """Write one picture's figure."""
-    side = len(percept.picture)
-    panels = {
+    pictures = {
         "input": percept.picture,
-        "RGB reconstruction": enlarge(percept.rgb, side),
-        "islands of agreement": enlarge(islands, side),
+        "RGB reconstruction": percept.rgb,
+        "islands of agreement": islands,
         "islands over input": overlay(percept.picture, islands),
     }
-    save_figure(path, panel_figure(panels))
+    save_picture(path, panels([pictures]))
 
 
 def predict(

@@ -16,10 +16,10 @@ from PIL import Image
 from apm import APM, load_model
 from apm.cli import OUTPUTS, ROOT, Results, command, make_parser, seed_everything, select_device
 from apm.data import image_names, load_images, load_labels
-from apm.figures import enlarge, overlay, panel_figure, save_figure, save_gallery
 from apm.files import prepare_output
 from apm.islands import METHODS, island_colours
 from apm.percept import perceive
+from apm.pictures import heat_map, overlay, panels, save_gallery, save_picture
 from apm.preprocessing import to_pixels
 from apm.scores import island_scores, location_labels
 from apm.teachers import DenseTeacher, load_dense_teacher
@@ -94,22 +94,28 @@ def features_of(
 
 def draw(arrays: dict[str, np.ndarray], args: Namespace, path: Path) -> None:
     """One picture's figure."""
-    side = len(arrays["picture"])
     names = [name for name in ("student", "teacher") if name in arrays]
     colours = island_colours(np.stack([arrays[name] for name in names]), args.method, args.seed)
-    panels = {
-        "input": arrays["picture"],
-        "RGB reconstruction": enlarge(arrays["rgb"], side),
-        "islands of agreement": enlarge(colours[0], side),
-        "islands over input": overlay(arrays["picture"], colours[0]),
-    }
+    rows = [
+        {
+            "input": arrays["picture"],
+            "RGB reconstruction": arrays["rgb"],
+            "islands of agreement": colours[0],
+            "islands over input": overlay(arrays["picture"], colours[0]),
+        }
+    ]
     if "teacher" in arrays:
         student, target = (arrays[name] - arrays["teacher"].mean((0, 1)) for name in names)
         norms = np.linalg.norm(student, axis=-1) * np.linalg.norm(target, axis=-1)
         cosine = (student * target).sum(axis=-1) / np.maximum(norms, 1e-12)
-        panels["teacher's islands"] = enlarge(colours[1], side)
-        panels["error: (1 - cosine) / 2"] = (1 - cosine) / 2
-    save_figure(path, panel_figure(panels, rows=len(names)))
+        rows.append(
+            {
+                "teacher's islands": colours[1],
+                "teacher's islands over input": overlay(arrays["picture"], colours[1]),
+                "error: black 0, bright opposite": heat_map((1 - cosine) / 2),
+            }
+        )
+    save_picture(path, panels(rows))
 
 
 def score(arrays: dict[str, np.ndarray], mask: Path, model: APM, seed: int) -> dict:
