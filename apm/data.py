@@ -19,7 +19,9 @@ from tqdm import tqdm
 from apm.files import atomic_path
 from apm.preprocessing import Preprocessing, to_pixels
 
-IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
+IMAGE_SUFFIXES = frozenset(
+    suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
+)
 
 
 def load_image(path: str | Path) -> Image.Image:
@@ -37,7 +39,8 @@ def load_image(path: str | Path) -> Image.Image:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # Large photographs are welcome; twice the size raises DecompressionBombError.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return _to_rgb(ImageOps.exif_transpose(image))
     except (
         OSError,
@@ -45,7 +48,6 @@ def load_image(path: str | Path) -> Image.Image:
         SyntaxError,
         EOFError,
         Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
     ) as error:
         raise ValueError(f"{path}: cannot be read as an image ({error})") from error
 

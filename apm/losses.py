@@ -16,7 +16,7 @@ def standardised_feature_loss(
 
     Args:
         answers, targets: ``(..., F)``.
-        mean, std: ``(F,)``, of the teacher's features over the training set.
+        mean, std: ``(F,)``, of the teacher's features.
     """
     answers, targets = (answers - mean) / std, (targets - mean) / std
     cosine = F.cosine_similarity(answers, targets, dim=-1).mean()

@@ -193,7 +193,8 @@ class QueryLinear(nn.Module):
             (0, self.position.weight[:, half:]),
         ):
             values, index = positions[:, axis].unique(return_inverse=True)
-            terms.append(F.linear(sincos_1d(values, half).to(weight.dtype), weight)[index])
+            term = F.linear(sincos_1d(values, half).to(weight.dtype), weight)
+            terms.append(F.embedding(index, term))  # rows of term; its backward adds them up fast
         return terms[0] + terms[1]
 
 
@@ -215,16 +216,28 @@ class AttentionPool(nn.Module):
         # Part of the released state dict and parameter count; the forward pass never uses it.
         self.unused_norm = nn.LayerNorm(trunk_dim)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """``(B, N, F)`` -> ``(B, F)``."""
+    def forward(self, inputs: Tensor, encoding: Tensor, head: nn.Linear | None = None) -> Tensor:
+        """Attend to ``features + encoding``.
+
+        Args:
+            inputs: ``(B, N, F)`` features, or with ``head`` the ``(B, N, H)`` hidden states whose
+                image under ``head`` the features are. As the head is linear and the weights add up
+                to one, it is applied after the attention, to one vector a head.
+            encoding: ``(N, F)`` of the positions.
+
+        Returns:
+            ``(B, F)``.
+        """
         attention, heads = self.attention, self.attention.num_heads
         w_q, w_k, w_v = attention.in_proj_weight.chunk(3)
         b_q, _, b_v = attention.in_proj_bias.chunk(3)  # the key's bias cancels in the softmax
         dim = w_q.shape[0]
         query = F.linear(self.query, w_q, b_q).view(heads, 1, -1) / math.sqrt(dim // heads)
         probe = (query @ w_k.view(heads, -1, dim)).squeeze(1)  # (heads, F) = W_k^T q
-        weights = (tokens @ probe.T).softmax(dim=1)  # (B, N, heads)
-        mixed = weights.transpose(1, 2) @ tokens  # (B, heads, F)
+        scores = inputs @ (probe if head is None else probe @ head.weight).T + encoding @ probe.T
+        weights = scores.softmax(dim=1).transpose(1, 2)  # (B, heads, N)
+        mixed = weights @ inputs  # (B, heads, F or H)
+        mixed = (mixed if head is None else head(mixed)) + weights @ encoding  # (B, heads, F)
         values = torch.einsum("bhf,hdf->bhd", mixed, w_v.view(heads, -1, dim))
         return attention.out_proj(values.flatten(1) + b_v)
 
@@ -350,14 +363,26 @@ class APM(nn.Module):
         Raises:
             ValueError: if the model has no pooled head.
         """
+        return self._pool(features, self.grid_positions() if positions is None else positions)
+
+    def pooled(self, column: Tensor, images: Tensor | None = None) -> Tensor:
+        """``pool(query(column)[0])`` without a feature for each location: ``(B, D)`` -> ``(B, F)``.
+
+        Raises:
+            ValueError: if the model has no pooled head.
+        """
+        positions = self.grid_positions()
+        hidden = self.hidden(column, positions, self.local_patches(images, positions))
+        return self._pool(hidden, positions, self.feature_head)
+
+    def _pool(self, inputs: Tensor, positions: Tensor, head: nn.Linear | None = None) -> Tensor:
         if self.config.pooling is None:
             raise ValueError("this APM has no pooled head: its config.pooling is None")
         if self.config.pooling == "mean":
-            return features.mean(dim=1)
-        if positions is None:
-            positions = self.grid_positions()
-        encoding = sincos_2d(positions, self.config.feature_dim).to(features.dtype)
-        return self.attention_pool(features + encoding)
+            mean = inputs.mean(dim=1)
+            return mean if head is None else head(mean)
+        encoding = sincos_2d(positions, self.config.feature_dim).to(inputs.dtype)
+        return self.attention_pool(inputs, encoding, head)
 
     def grid_positions(self, height: int | None = None, width: int | None = None) -> Tensor:
         """``(height * width, 2)`` grid points row by row; default the model's own grid."""

@@ -8,7 +8,7 @@ inference asks for one location at a time.
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -16,12 +16,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim import Adam
 
 from apm import APM, APMConfig
 from apm.cli import OUTPUTS, Results, command, make_parser, positive_int, precision, select_device
 from apm.files import prepare_output
 from apm.model import QueryLinear
 from apm.positional_encoding import sincos_2d
+from apm.tta import TestTimeTrainer
 
 LOCATIONS = 1024
 
@@ -64,17 +66,26 @@ def concatenated(layer: QueryLinear, *parts: Tensor) -> Tensor:
     return F.linear(torch.cat(parts, dim=-1), torch.cat(blocks, dim=1), layer.column.bias)
 
 
-def released_dense(model: APM, images: Tensor, chunk_size: int) -> list[tuple[Tensor, Tensor]]:
-    """The released inference: every query whole, ``chunk_size`` of them at a time."""
-    column = model.encode(images)
+def released_chunks(
+    model: APM, column: Tensor, chunk_size: int
+) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+    """The released arithmetic, ``chunk_size`` whole queries at a time: queries and features."""
     encoding = sincos_2d(model.grid_positions(), model.config.position_dim)
-    answers = []
     for positions in encoding.split(chunk_size):
-        query = column[:, None].expand(-1, len(positions), -1), positions[None]
+        query = (
+            column[:, None].expand(-1, len(positions), -1),
+            positions.expand(len(column), -1, -1),
+        )
         x = concatenated(model.trunk_first, *query).relu()
         for layer in model.trunk:
             x = layer(x).relu()
-        features = model.feature_head(x)
+        yield query, model.feature_head(x)
+
+
+def released_dense(model: APM, images: Tensor, chunk_size: int) -> list[tuple[Tensor, Tensor]]:
+    """The released inference."""
+    answers = []
+    for query, features in released_chunks(model, model.encode(images), chunk_size):
         rgb = concatenated(model.rgb_first, features, *query).relu()
         for layer in model.rgb_head:
             rgb = layer(rgb).relu()
@@ -82,40 +93,73 @@ def released_dense(model: APM, images: Tensor, chunk_size: int) -> list[tuple[Te
     return answers
 
 
-def dense_macs(config: APMConfig, *, split: bool) -> int:
-    """Multiply-adds of trunk and feature head on every location of one image.
+def released_step(model: APM, images: Tensor, target: Tensor, optimizer: Adam) -> None:
+    """The released step of test-time training: eight copies of the image, chunks of 16."""
+    column = model.encode(images.expand(8, -1, -1, -1))
+    features = torch.cat([chunk for _, chunk in released_chunks(model, column, 16)], dim=1)
+    pool, encoding = model.attention_pool, sincos_2d(model.grid_positions(), features.shape[-1])
+    tokens = features + encoding
+    pooled, _ = pool.attention(pool.query.expand(8, 1, -1), tokens, tokens)
+    F.mse_loss(pooled[:, 0], target.expand(8, -1)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
-    With ``split`` the first layer's share, computed once an image, is left out: it is 5 M of 46 G.
-    """
-    widths = (*config.trunk_widths, config.feature_dim)
-    each = sum(a * b for a, b in pairwise(widths))
-    if not split:
-        each += (config.column_dim + config.position_dim) * widths[0]
-    return LOCATIONS * each
+
+def macs_per_location(config: APMConfig, *, first: bool, head: bool) -> int:
+    """Multiply-adds of the shared MLP for one location, with or without first layer and head."""
+    widths = [*config.trunk_widths, config.feature_dim]
+    if first:
+        widths.insert(0, config.column_dim + config.position_dim)
+    if not head:
+        widths.pop()
+    return sum(a * b for a, b in pairwise(widths))
 
 
-def dense_rows(device: torch.device, repeats: int) -> list[Row]:
-    """Dense inference with the COCO model, random weights, one image."""
-    torch.manual_seed(0)
-    model = APM(APMConfig.coco()).eval().to(device)
-    images = torch.rand(1, 3, 448, 448, device=device)
-    rows = []
+class Bench:
+    """Collects rows, each with the matrix rate measured just before it."""
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self.device, self.repeats = device, repeats
+        self.rows: list[Row] = []
 
     def measure(
-        name: str, dtype: str, split: bool, work: Callable[[], object], repeats: int = repeats
+        self, name: str, dtype: str, macs: int, work: Callable[[], object], repeats: int = 0
     ) -> None:
-        rate = matmul_rate(device, dtype, repeats)
-        with torch.inference_mode(), precision(device, dtype):
-            seconds = seconds_of(work, device, repeats)
-        macs = dense_macs(model.config, split=split)
-        rows.append(Row(f"dense, {name}, {dtype}", seconds, macs / 1e9, macs / rate))
+        """Time ``work``, which takes ``macs`` multiply-adds."""
+        rate = matmul_rate(self.device, dtype, self.repeats)
+        with precision(self.device, dtype):
+            seconds = seconds_of(work, self.device, repeats or self.repeats)
+        self.rows.append(Row(f"{name}, {dtype}", seconds, macs / 1e9, macs / rate))
 
-    one, all_ = (partial(released_dense, model, images, size) for size in (1, LOCATIONS))
-    measure("released, one location at a time", "float32", False, one, repeats=1)
-    measure("released, all locations at once", "float32", False, all_)
+
+def bench_dense(bench: Bench) -> None:
+    """Dense inference with the COCO model, random weights, one image."""
+    torch.manual_seed(0)
+    model = APM(APMConfig.coco()).eval().to(bench.device)
+    images = torch.rand(1, 3, 448, 448, device=bench.device)
+    released = LOCATIONS * macs_per_location(model.config, first=True, head=True)
+    ours = LOCATIONS * macs_per_location(model.config, first=False, head=True)
+    with torch.inference_mode():
+        one, all_ = (partial(released_dense, model, images, size) for size in (1, LOCATIONS))
+        bench.measure("dense, released: locations one by one", "float32", released, one, repeats=1)
+        bench.measure("dense, released: all locations at once", "float32", released, all_)
+        for dtype in ("float32", "bfloat16"):
+            bench.measure("dense, ours", dtype, ours, lambda: model(images))
+
+
+def bench_tta(bench: Bench) -> None:
+    """One step of test-time training with the full student: forward, backward, Adam."""
+    model = TestTimeTrainer(device=bench.device).model
+    image, target = torch.rand(3, 448, 448), torch.randn(model.config.feature_dim)
+    released = 8 * 3 * LOCATIONS * macs_per_location(model.config, first=True, head=True)
+    # The head is applied after pooling.
+    ours = 3 * LOCATIONS * macs_per_location(model.config, first=False, head=False)
+    images, targets = image[None].to(bench.device), target.to(bench.device)
+    step = partial(released_step, model, images, targets, Adam(model.parameters(), lr=1e-4))
+    bench.measure("TTT step, released", "float32", released, step, repeats=1)
     for dtype in ("float32", "bfloat16"):
-        measure("ours", dtype, True, lambda: model(images))
-    return rows
+        trainer = TestTimeTrainer(dtype=dtype, device=bench.device)
+        bench.measure("TTT step, ours", dtype, ours, partial(trainer.step, images, targets[None]))
 
 
 @command
@@ -126,14 +170,16 @@ def main(argv: list[str] | None = None) -> None:
     device = select_device(args.device)
     output = prepare_output(args.output)
     results = Results(args, device)
-    rows = dense_rows(device, args.repeats)
-    print(f"{'':52} seconds    GMACs   floor  x floor")
-    for row in rows:
+    bench = Bench(device, args.repeats)
+    bench_dense(bench)
+    bench_tta(bench)
+    print(f"{'':50} seconds     GMACs   floor  x floor")
+    for row in bench.rows:
         print(
-            f"{row.name:52} {row.seconds:7.3f}  {row.gmacs:7.2f}  {row.floor:6.3f}  "
+            f"{row.name:50} {row.seconds:7.3f}  {row.gmacs:8.2f}  {row.floor:6.3f}  "
             f"{row.seconds / row.floor:7.2f}"
         )
-    results.save(output, rows=[row._asdict() for row in rows])
+    results.save(output, rows=[row._asdict() for row in bench.rows])
 
 
 if __name__ == "__main__":

@@ -102,6 +102,7 @@ def build(args: Namespace, store: FeatureStore, validation: DistillationDataset,
         if getattr(args, name) is not None:
             changes[name] = getattr(args, name)
     model = APM(dataclasses.replace(CONFIGS[args.model](), **changes))
+    # Statistics of the teacher, for which any of its features will do.
     sample = torch.cat([validation[i][1] for i in range(min(64, len(validation)))])
     settings = ("learning_rate", "weight_decay", "schedule", "warmup", "locations", "null_share")
     settings += ("feature_loss", "rgb_weight", "dtype", "seed")

@@ -57,7 +57,9 @@ def test_exif_rotation_is_applied(tmp_path):
 def test_bad_files_are_named(tmp_path):
     photograph().save(tmp_path / "good.jpg")
     data = (tmp_path / "good.jpg").read_bytes()
+    Image.new("1", (30000, 30000)).save(tmp_path / "bomb.png")
     for name, content in {
+        "bomb.png": (tmp_path / "bomb.png").read_bytes(),
         "text.jpg": b"this is no image",
         "empty.png": b"",
         "truncated.jpg": data[: len(data) // 2],

@@ -1,0 +1,175 @@
+import pytest
+import torch
+from conftest import TINY, make_model
+from reference import grid_encoding
+from torch import nn
+
+from apm import APMConfig
+from apm.tta import TestTimeTrainer
+
+STUDENT = APMConfig(**TINY | {"pooling": "attention", "pool_heads": 2})
+
+
+class ReleasedStep(nn.Module):
+    """The released step, plainly: eight copies, concatenated queries, nn.MultiheadAttention."""
+
+    def __init__(self, model):
+        super().__init__()
+        config = model.config
+        self.fold = nn.Conv2d(3, 1, config.patch_size, stride=config.patch_size)
+        self.fold.load_state_dict(model.fold.state_dict())
+        first = nn.Linear(config.column_dim + config.position_dim, config.trunk_widths[0])
+        with torch.no_grad():
+            parts = (model.trunk_first.column.weight, model.trunk_first.position.weight)
+            first.weight.copy_(torch.cat(parts, dim=1))
+            first.bias.copy_(model.trunk_first.column.bias)
+        layers = [first]
+        for layer in (*model.trunk, model.feature_head):
+            layers.append(nn.Linear(layer.in_features, layer.out_features))
+            layers[-1].load_state_dict(layer.state_dict())
+        self.layers = nn.ModuleList(layers)
+        pool = model.attention_pool
+        self.query = nn.Parameter(pool.query.detach().clone())
+        self.attention = nn.MultiheadAttention(config.feature_dim, 2, batch_first=True)
+        self.attention.load_state_dict(pool.attention.state_dict())
+        self.position = grid_encoding(4, config.position_dim)
+        self.pool_position = grid_encoding(4, config.feature_dim)
+
+    def forward(self, images):
+        column = self.fold(images).flatten(1)
+        x = torch.cat(
+            [
+                column[:, None].expand(-1, 16, -1),
+                self.position.to(images.dtype).expand(len(images), -1, -1),
+            ],
+            dim=-1,
+        )
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        tokens = self.layers[-1](x) + self.pool_position.to(x.dtype)
+        query = self.query.expand(len(images), 1, -1)
+        return self.attention(query, tokens, tokens)[0][:, 0]
+
+
+@pytest.fixture
+def image_and_target():
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(3, 56, 56, generator=generator), torch.randn(16, generator=generator)
+
+
+def test_the_step_is_the_released_step(image_and_target):
+    """Losses and pooled output over several steps of Adam, and across a drop of the rate."""
+    image, target = (tensor.double() for tensor in image_and_target)
+    trainer = TestTimeTrainer(STUDENT, iterations=12, learning_rate=1e-2, decay_every=5)
+    trainer.model.double()  # Adam divides rounding noise by itself where a gradient is near 0
+    with torch.no_grad():  # larger weights than the released ones, so that every part matters
+        for parameter in trainer.model.parameters():
+            parameter.mul_(30)
+    reference = ReleasedStep(trainer.model).double()
+    optimizer = torch.optim.Adam(reference.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.1)
+    losses = []
+    for _ in range(12):
+        pooled = reference(image.expand(8, -1, -1, -1))
+        loss = nn.functional.mse_loss(pooled, target.expand(8, -1))
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+    result = trainer.adapt(image, target)
+    torch.testing.assert_close(torch.tensor(result.losses), torch.tensor(losses), rtol=1e-4, atol=0)
+    expected = reference(image[None])[0].float()
+    torch.testing.assert_close(result.pooled, expected, rtol=1e-4, atol=1e-5)
+    assert result.losses[-1] < 0.8 * result.losses[0]
+
+
+def test_reset_forgets_everything(image_and_target):
+    trainer = TestTimeTrainer(STUDENT, iterations=5, learning_rate=1e-2, decay_every=3)
+    first = trainer.adapt(*image_and_target)
+    continued = trainer.adapt(*image_and_target)
+    assert continued.losses[0] < first.losses[0]
+    trainer.reset(0)
+    again = trainer.adapt(*image_and_target)
+    assert again.losses == first.losses
+    assert torch.equal(again.features, first.features)
+    trainer.reset(1)
+    assert trainer.adapt(*image_and_target).losses != first.losses
+
+
+def test_reset_draws_every_parameter():
+    trainer = TestTimeTrainer(APMConfig(**TINY | {"trunk_widths": (256, 64), "pooling": "mean"}))
+    for seed in (3, 4):
+        trainer.reset(seed)
+        drawn = torch.cat([parameter.flatten() for parameter in trainer.model.parameters()])
+        assert drawn.std().item() == pytest.approx(0.01, rel=0.03)
+        assert drawn.mean().item() == pytest.approx(0, abs=3e-4)
+        assert (drawn != 0).all()
+
+
+def test_outputs_are_those_of_the_trained_student(image_and_target):
+    image, target = image_and_target
+    trainer = TestTimeTrainer(STUDENT, iterations=4, learning_rate=1e-2)
+    result = trainer.adapt(image, target, features_at=(0, 2))
+    with torch.inference_mode():
+        features, _ = trainer.model(image[None])
+        torch.testing.assert_close(result.features, features[0], atol=1e-6, rtol=1e-5)
+        pooled = trainer.model.pool(features)[0]
+    torch.testing.assert_close(result.pooled, pooled, atol=1e-6, rtol=1e-5)
+    assert result.pooled_at.shape == (5, 16)
+    assert torch.equal(result.pooled_at[-1], result.pooled)
+    losses = (result.pooled_at - target).square().mean(dim=1)
+    torch.testing.assert_close(losses[:4], torch.tensor(result.losses))
+    assert set(result.features_at) == {0, 2}
+    trainer.reset(0)
+    with torch.inference_mode():
+        torch.testing.assert_close(result.features_at[0], trainer.model(image[None])[0][0])
+
+
+@pytest.mark.parametrize("pooling", ["attention", "mean"])
+@pytest.mark.parametrize("local_sizes", [(), (14,)])
+def test_many_students_are_as_many_single_runs(pooling, local_sizes):
+    changes = {"pooling": pooling, "pool_heads": 2, "local_sizes": local_sizes}
+    trainer = TestTimeTrainer(
+        APMConfig(**TINY | changes), iterations=20, learning_rate=1e-3, decay_every=8
+    )
+    images, targets = torch.rand(8, 3, 56, 56), torch.randn(8, 16)
+    together = trainer.adapt_many(images, targets, seeds=range(8), features_at=(5,))
+    for seed, many in enumerate(together):
+        trainer.reset(seed)
+        single = trainer.adapt(images[seed], targets[seed], features_at=(5,))
+        torch.testing.assert_close(many.pooled_at, single.pooled_at, atol=1e-5, rtol=0)
+        torch.testing.assert_close(many.features, single.features, atol=1e-5, rtol=0)
+        torch.testing.assert_close(many.features_at[5], single.features_at[5], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(many.losses), torch.tensor(single.losses), atol=1e-5, rtol=0
+        )
+
+
+def test_many_students_leave_the_trainers_own_alone():
+    trainer = TestTimeTrainer(STUDENT, iterations=2)
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    trainer.adapt_many(torch.rand(2, 3, 56, 56), torch.randn(2, 16), seeds=(1, 2))
+    for old, new in zip(before, trainer.model.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize("pooling", ["attention", "mean"])
+def test_pooled_is_pool_of_the_features(pooling):
+    model = make_model(pooling=pooling, pool_heads=4)
+    column = torch.randn(3, 16)
+    expected = model.pool(model.query(column)[0])
+    torch.testing.assert_close(model.pooled(column), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_perfect_student_fits_its_target(image_and_target):
+    trainer = TestTimeTrainer(STUDENT, iterations=400, learning_rate=1e-2, decay_every=300)
+    losses = trainer.adapt(*image_and_target).losses
+    assert losses[-1] < 1e-6 * losses[0]
+
+
+def test_impossible_settings_are_refused():
+    with pytest.raises(ValueError, match="pooling None"):
+        TestTimeTrainer(APMConfig(**TINY))
+    with pytest.raises(ValueError, match="iterations 0"):
+        TestTimeTrainer(STUDENT, iterations=0)
