@@ -70,6 +70,15 @@ class Preprocessing:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """``(..., 3, H, W)`` uint8 RGB -> the same in float32 and the checkpoint's colours."""
+        colours = self.colours(pixels)
+        if self.scaling == "imagenet":
+            order = -1 if self.channels == "BGR" else 1
+            mean, std = colours.new_tensor([IMAGENET_MEAN[::order], IMAGENET_STD[::order]])
+            colours = (colours - mean[:, None, None]) / std[:, None, None]
+        return colours
+
+    def colours(self, pixels: Tensor) -> Tensor:
+        """What the RGB head answers for ``(..., 3, H, W)`` uint8 RGB: [0, 1], before ImageNet's."""
         pixels = pixels.float()
         if self.scaling == "min-max":
             low = pixels.amin(dim=(-3, -2, -1), keepdim=True)
@@ -78,9 +87,6 @@ class Preprocessing:
             pixels = (pixels - low) / (high - low).clamp_min(1)
         else:
             pixels = pixels / 255
-        if self.scaling == "imagenet":
-            mean, std = pixels.new_tensor(IMAGENET_MEAN), pixels.new_tensor(IMAGENET_STD)
-            pixels = (pixels - mean[:, None, None]) / std[:, None, None]
         return pixels.flip(-3) if self.channels == "BGR" else pixels
 
     def to_rgb(self, colours: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ class DistillationTrainer:
     that goes on from ``state_dict`` is the run that was never stopped.
 
     Args:
-        model: a new APM, on its device.
+        model: the APM to train, on its device.
         mean, std: ``(F,)``, of the teacher's features.
         steps: length of the run, for the cosine schedule.
         locations: random locations a step.
@@ -53,9 +53,6 @@ class DistillationTrainer:
         self.dtype, self.seed, self.step_index = dtype, seed, 0
         self.device = model.fold.weight.device
         self.mean, self.std = mean.to(self.device), std.to(self.device)
-        with torch.no_grad():  # start at the mean answer; a dead last ReLU would never learn
-            model.feature_head.bias.copy_(self.mean)
-            model.rgb_head[-1].bias.fill_(0.5)
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=learning_rate, weight_decay=weight_decay
         )
@@ -108,7 +105,9 @@ class DistillationTrainer:
                 images=images if local else None,
             )
         features, targets = features.float(), targets[:, chosen]
-        colours = rgb_targets(pixels / 255, self.model.config.patch_size)[:, chosen]
+        colours = rgb_targets(
+            self.model.preprocessing.colours(pixels), self.model.config.patch_size
+        )[:, chosen]
         if self.standardised:
             loss = standardised_feature_loss(features, targets, self.mean, self.std)
         else:
@@ -132,7 +131,9 @@ class DistillationTrainer:
                 for name, loss in zip(("feature_loss", "rgb_loss"), losses, strict=True):
                     key = prefix + name
                     sums[key] = sums.get(key, 0.0) + loss.item() * len(pixels)
-            colours = rgb_targets(pixels / 255, self.model.config.patch_size)
+            colours = rgb_targets(
+                self.model.preprocessing.colours(pixels), self.model.config.patch_size
+            )
             colour_sum += colours.mean(dim=1).sum(dim=0)
             colour_squares += colours.square().mean(dim=(1, 2)).sum().item()
             count += len(pixels)
@@ -157,3 +158,13 @@ class DistillationTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.step_index = state["step"]
+
+
+@torch.no_grad()
+def start_at_mean(model: APM, mean: Tensor) -> None:
+    """Let a new model answer the teacher's mean feature ``(F,)`` and grey.
+
+    The last ReLU of the RGB head would never learn if it started dead.
+    """
+    model.feature_head.bias.copy_(mean)
+    model.rgb_head[-1].bias.fill_(0.5)

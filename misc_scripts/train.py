@@ -11,10 +11,11 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from apm import APM, APMConfig, save_model
+from apm import APM, APMConfig, load_model, save_model
 from apm.checkpoint import load_tensors
 from apm.cli import (
     OUTPUTS,
@@ -29,7 +30,7 @@ from apm.cli import (
 from apm.data import DistillationDataset, FeatureStore, image_names
 from apm.figures import loss_figure
 from apm.files import atomic_path, prepare_output
-from apm.training import DistillationTrainer
+from apm.training import DistillationTrainer, start_at_mean
 
 CONFIGS = {"small": APMConfig.small, "coco": APMConfig.coco}
 
@@ -52,6 +53,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add = parser.add_argument
     add("--features", type=Path, default=OUTPUTS / "features", help="folder of teacher features")
     add("--model", choices=sorted(CONFIGS), default="small", help="shape of the model")
+    add("--init", type=Path, help="checkpoint to start from, instead of --model's random weights")
     add("--local-sizes", type=widths, help="sides of the local patches in px, e.g. 14,56 or ''")
     add("--trunk-widths", type=widths, help="widths of the shared MLP, e.g. 1024,512")
     add("--epochs", type=positive_int, default=12, help="passes over the images")
@@ -71,7 +73,10 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--augment", action="store_true", help="random crops and flips, features alike")
     add("--validation-images", type=positive_int, default=200, help="images kept out of training")
     add("--resume", action="store_true", help="go on from the last epoch in --output")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.init and (args.local_sizes is not None or args.trunk_widths is not None):
+        raise ValueError("--init brings its own shape: leave out --local-sizes and --trunk-widths")
+    return args
 
 
 def split(args: Namespace, store: FeatureStore) -> tuple[DistillationDataset, DistillationDataset]:
@@ -94,22 +99,49 @@ def split(args: Namespace, store: FeatureStore) -> tuple[DistillationDataset, Di
     )
 
 
-def build(args: Namespace, store: FeatureStore, validation: DistillationDataset, steps: int):
-    """A new model and its trainer."""
-    seed_everything(args.seed)
-    changes = {"feature_dim": store.meta["feature_dim"]}
+def new_model(args: Namespace, feature_dim: int, mean: Tensor) -> APM:
+    """A model with fresh weights, of the shape that the flags ask for."""
+    changes = {"feature_dim": feature_dim}
     for name in ("local_sizes", "trunk_widths"):
         if getattr(args, name) is not None:
             changes[name] = getattr(args, name)
     model = APM(dataclasses.replace(CONFIGS[args.model](), **changes))
+    start_at_mean(model, mean)
+    return model
+
+
+def continued_model(path: Path, feature_dim: int) -> APM:
+    """A checkpoint to train further."""
+    model = load_model(path)
+    if model.config.feature_dim != feature_dim:
+        raise ValueError(
+            f"{path}: answers features of width {model.config.feature_dim}, "
+            f"--features has width {feature_dim}"
+        )
+    # The released model's shifted tokens are what training on right ones undoes.
+    model.preprocessing = dataclasses.replace(model.preprocessing, token_offset=0)
+    return model
+
+
+def build(
+    args: Namespace, store: FeatureStore, validation: DistillationDataset, steps: int
+) -> DistillationTrainer:
+    """The model and its trainer."""
+    device = select_device(args.device)
+    seed_everything(args.seed)
     # Statistics of the teacher, for which any of its features will do.
     sample = torch.cat([validation[i][1] for i in range(min(64, len(validation)))])
+    mean, std = sample.mean(dim=0), sample.std(dim=0)
+    feature_dim = store.meta["feature_dim"]
+    model = (
+        continued_model(args.init, feature_dim) if args.init else new_model(args, feature_dim, mean)
+    )
     settings = ("learning_rate", "weight_decay", "schedule", "warmup", "locations", "null_share")
     settings += ("feature_loss", "rgb_weight", "dtype", "seed")
     return DistillationTrainer(
-        model.to(select_device(args.device)),
-        sample.mean(dim=0),
-        sample.std(dim=0),
+        model.to(device),
+        mean,
+        std,
         steps=steps,
         **{name: getattr(args, name) for name in settings},
     )
@@ -155,12 +187,14 @@ def main(argv: list[str] | None = None) -> None:
         with atomic_path(state_path) as temporary:
             torch.save(trainer.state_dict() | {"history": history}, temporary)
     trainer.model.provenance = {
+        "init": trainer.model.provenance,
         "teacher": dict(store.meta),
         "training_images": len(training),
         "arguments": results.content["arguments"],
         "validation": history[-1],
     }
-    for name in ("input", "output", "features"):  # where files lay says nothing about the model
+    # Where files lay says nothing about the model.
+    for name in ("input", "output", "features", "init"):
         del trainer.model.provenance["arguments"][name]
     save_model(output / "apm.pth", trainer.model, dtype=torch.float16)
     with atomic_path(output / "history.csv") as temporary, temporary.open("w", newline="") as file:

@@ -301,6 +301,15 @@ def test_training_from_photographs_to_islands_with_random_teacher(
     assert len((whole / "history.csv").read_text().splitlines()) == 3
     assert (whole / "loss.png").exists()
 
+    arguments += ["--output", str(tmp_path / "further"), "--init", str(whole / "apm.pth")]
+    assert train(arguments) == 2
+    assert "--init brings its own shape" in capsys.readouterr().err
+    arguments = [word for word in arguments if word not in ("--trunk-widths", "24,16")]
+    assert train([*arguments, "--epochs", "1", "--learning-rate", "0"]) == 0
+    start = load_model(tmp_path / "further" / "apm.pth")
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(start.state_dict()[name], tensor, atol=1e-6, rtol=0)
+
     predict = load_script("predict_test_image.py").main
     arguments = ["--checkpoint", str(whole / "apm.pth"), "--method", "pca"]
     assert predict([*arguments, "--output", str(tmp_path / "out")]) == 0
