@@ -147,6 +147,37 @@ def build(
     )
 
 
+def train_epoch(
+    trainer: DistillationTrainer, training: DistillationDataset, batch_size: int, args: Namespace
+) -> dict[str, float]:
+    """One pass over the training images, in an order that seed and epoch decide; mean losses."""
+    loader = DataLoader(
+        training,
+        batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=args.workers,
+        generator=torch.Generator().manual_seed(args.seed + 1_000_003 * training.epoch),
+    )
+    sums = torch.zeros(2)
+    progress = tqdm(loader, desc=f"epoch {training.epoch + 1}/{args.epochs}", unit="step")
+    for pixels, targets in progress:
+        losses = trainer.step(pixels, targets)
+        sums += torch.tensor(losses)
+        progress.set_postfix(feature=f"{losses[0]:.4f}", rgb=f"{losses[1]:.4f}")
+    feature, rgb = (sums / len(loader)).tolist()
+    return {"train_feature_loss": feature, "train_rgb_loss": rgb}
+
+
+def write_history(output: Path, history: list[dict[str, float]]) -> None:
+    """The losses of each epoch as a table and as a plot."""
+    with atomic_path(output / "history.csv") as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, history[0].keys())
+        writer.writeheader()
+        writer.writerows(history)
+    loss_figure(output / "loss.png", history)
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
@@ -162,46 +193,25 @@ def main(argv: list[str] | None = None) -> None:
         history = state.pop("history")
         trainer.load_state_dict(state)
     validation_loader = DataLoader(validation, 8, num_workers=args.workers)
-    for epoch in range(len(history), args.epochs):
-        training.epoch = epoch
-        shuffle = torch.Generator().manual_seed(args.seed + 1_000_003 * epoch)
-        loader = DataLoader(
-            training,
-            batch_size,
-            shuffle=True,
-            drop_last=True,
-            num_workers=args.workers,
-            generator=shuffle,
-        )
-        progress = tqdm(loader, desc=f"epoch {epoch + 1}/{args.epochs}", unit="step")
-        sums = torch.zeros(2)
-        for pixels, targets in progress:
-            losses = trainer.step(pixels, targets)
-            sums += torch.tensor(losses)
-            progress.set_postfix(feature=f"{losses[0]:.4f}", rgb=f"{losses[1]:.4f}")
-        feature, rgb = (sums / len(loader)).tolist()
-        row = {"epoch": epoch + 1, "train_feature_loss": feature, "train_rgb_loss": rgb}
+    for training.epoch in range(len(history), args.epochs):
+        row = {"epoch": training.epoch + 1}
+        row |= train_epoch(trainer, training, batch_size, args)
         row |= trainer.validate(validation_loader)
         history.append(row)
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
         with atomic_path(state_path) as temporary:
             torch.save(trainer.state_dict() | {"history": history}, temporary)
+    arguments = results.content["arguments"]
     trainer.model.provenance = {
         "init": trainer.model.provenance,
-        "teacher": dict(store.meta),
+        "teacher": store.meta,
         "training_images": len(training),
-        "arguments": results.content["arguments"],
+        # Where files lay says nothing about the model.
+        "arguments": {k: v for k, v in arguments.items() if not isinstance(vars(args)[k], Path)},
         "validation": history[-1],
     }
-    # Where files lay says nothing about the model.
-    for name in ("input", "output", "features", "init"):
-        del trainer.model.provenance["arguments"][name]
     save_model(output / "apm.pth", trainer.model, dtype=torch.float16)
-    with atomic_path(output / "history.csv") as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, history[0].keys())
-        writer.writeheader()
-        writer.writerows(history)
-    loss_figure(output / "loss.png", history)
+    write_history(output, history)
     results.save(output, history=history)
     print(f"checkpoint: {output / 'apm.pth'}")
 
