@@ -20,3 +20,14 @@ def loss_figure(path: Path, history: Sequence[Mapping[str, float]]) -> None:
         axes.legend()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, metadata={"Software": None})
+
+
+def log_loss_figure(path: Path, losses: Sequence[float]) -> None:
+    """One image's loss against the iteration, on a log axis (paper, Figure 3)."""
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(range(1, len(losses) + 1), losses)
+    axes.set(xlabel="iteration", ylabel="mean squared error", yscale="log")
+    axes.grid(alpha=0.3)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, metadata={"Software": None})

@@ -36,6 +36,20 @@ def island_colours(
     return colours.reshape(*features.shape[:-1], 3).astype(np.float32)
 
 
+def island_greys(features: np.ndarray, seed: int = 0) -> np.ndarray:
+    """A grey for each location by a 1-D t-SNE, as in the paper's Figure 3.
+
+    Args:
+        features: ``(..., F)`` float.
+
+    Returns:
+        ``(..., 3)`` float32 in [0, 1], the three channels alike.
+    """
+    points = features.reshape(-1, features.shape[-1]).astype(np.float32)
+    greys = _to_unit_range(_tsne(points - points.mean(axis=0), seed, dim=1))
+    return np.repeat(greys, 3, axis=1).reshape(*features.shape[:-1], 3).astype(np.float32)
+
+
 def principal_components(points: np.ndarray, dim: int) -> np.ndarray:
     """Centred points ``(N, F)`` on their first principal axes: ``(N, dim)``, signs fixed."""
     _, _, axes = np.linalg.svd(points.T @ points / len(points), hermitian=True)
@@ -45,14 +59,14 @@ def principal_components(points: np.ndarray, dim: int) -> np.ndarray:
     return np.pad(projected, ((0, 0), (0, dim - projected.shape[1])))
 
 
-def _tsne(points: np.ndarray, seed: int) -> np.ndarray:
+def _tsne(points: np.ndarray, seed: int, dim: int = 3) -> np.ndarray:
     import openTSNE  # imports scikit-learn: a second that the other methods do not need
 
     points = principal_components(points, min(50, points.shape[1]))
     if np.ptp(points) == 0:  # a constant image has one island
-        return np.zeros((len(points), 3), np.float32)
+        return np.zeros((len(points), dim), np.float32)
     embedding = openTSNE.TSNE(
-        n_components=3,
+        n_components=dim,
         perplexity=min(30, (len(points) - 1) / 3),
         negative_gradient_method="bh",
         random_state=seed,

@@ -97,9 +97,9 @@ class APMConfig:
         return cls(trunk_widths=(4096, 4096, 4096, 2048, 1024), feature_dim=1024)
 
     @classmethod
-    def tta(cls, feature_dim: int = 768) -> "APMConfig":
+    def tta(cls, feature_dim: int = 768, pooling: str = "attention") -> "APMConfig":
         """The paper's test-time training model: one CLIP CLS token, 22.8 M parameters."""
-        return cls(trunk_widths=(4096, 2048, 1024), feature_dim=feature_dim, pooling="attention")
+        return cls(trunk_widths=(4096, 2048, 1024), feature_dim=feature_dim, pooling=pooling)
 
     @classmethod
     def small(cls, feature_dim: int = 192) -> "APMConfig":

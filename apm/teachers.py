@@ -1,10 +1,15 @@
 """Frozen teachers. The only place that normalises for a teacher and slices its tokens."""
 
+import difflib
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import timm
+import timm.data
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -88,19 +93,21 @@ def load_dense_teacher(
     """
     if not timm.is_model(name.split(".")[0]):
         raise ValueError(f"teacher {name!r} is not a model of timm {timm.__version__}")
-    patch_size = _patch_size(name)
+    image_size = (grid_size + 2 * margin) * _patch_size(name)
+    vit = _create_timm(name, pretrained=weights is None, img_size=image_size)
+    if weights is not None:
+        _load_weights(vit, name, Path(weights))
+    return DenseTeacher(vit, grid_size=grid_size, block=block, margin=margin)
+
+
+def _create_timm(name: str, pretrained: bool, **settings: int) -> nn.Module:
     try:
-        vit = timm.create_model(
-            name, pretrained=weights is None, img_size=(grid_size + 2 * margin) * patch_size
-        )
+        return timm.create_model(name, pretrained=pretrained, **settings)
     except Exception as error:  # timm's hub clients raise a dozen unrelated types
         raise ValueError(
             f"teacher {name!r}: its weights could not be downloaded ({type(error).__name__}); "
             "name a local file with --teacher-weights"
         ) from error
-    if weights is not None:
-        _load_weights(vit, name, Path(weights))
-    return DenseTeacher(vit, grid_size=grid_size, block=block, margin=margin)
 
 
 def _patch_size(name: str) -> int:
@@ -113,15 +120,187 @@ def _patch_size(name: str) -> int:
     return vit.patch_embed.patch_size[0]
 
 
-def _load_weights(vit: VisionTransformer, name: str, path: Path) -> None:
+def _load_weights(model: nn.Module, name: str, path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such teacher weights file")
     try:
         state = timm.models.load_state_dict(str(path), weights_only=True)
-        vit.load_state_dict(checkpoint_filter_fn(state, vit))
+        if isinstance(model, VisionTransformer):  # resizes positions to another grid
+            state = checkpoint_filter_fn(state, model)
+        model.load_state_dict(state)
     except Exception as error:  # whatever an untrusted file provokes in the readers
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path}: not weights of teacher {name!r} ({reason})") from error
+        raise ValueError(
+            f"{path}: not weights of teacher {name!r} ({_first_line(error)})"
+        ) from error
+
+
+class ClipTeacher(nn.Module):
+    """CLIP: one embedding an image, compared with embeddings of sentences (section 3.2).
+
+    Attributes:
+        preprocess: PIL image -> ``(3, h, h)``, as this CLIP wants it.
+    """
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        preprocess: Callable[[Image.Image], Tensor],
+        tokenize: Callable[[list[str]], Tensor],
+    ) -> None:
+        super().__init__()
+        self.clip = clip.eval().requires_grad_(False)
+        self.preprocess, self.tokenize = preprocess, tokenize
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, 3, h, h)`` preprocessed -> ``(B, F)`` float32, not normalised."""
+        return self.clip.encode_image(images).float()
+
+    @torch.no_grad()
+    def embed_classes(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """``(C, F)`` of unit length: for each class the mean direction of its sentences."""
+        device = next(self.clip.parameters()).device
+        classes = []
+        for name in class_names:
+            tokens = self.tokenize([template.replace("{}", name) for template in templates])
+            sentences = F.normalize(self.clip.encode_text(tokens.to(device)).float(), dim=-1)
+            classes.append(F.normalize(sentences.mean(dim=0), dim=-1))
+        return torch.stack(classes)
+
+    def logits(self, embeddings: Tensor, classes: Tensor) -> Tensor:
+        """``(..., F)`` and ``(C, F)`` -> ``(..., C)``: 100 times the cosine."""
+        return 100 * F.normalize(embeddings, dim=-1) @ classes.T
+
+
+class ClassifierTeacher(nn.Module):
+    """A classifier of timm: its features are the embedding, its head's rows are the classes.
+
+    Attributes:
+        preprocess: PIL image -> ``(3, h, h)``, as this classifier wants it.
+    """
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier.eval().requires_grad_(False)
+        self.preprocess = timm.data.create_transform(
+            **timm.data.resolve_model_data_config(classifier)
+        )
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, 3, h, h)`` preprocessed -> ``(B, F)`` float32: what the head is given."""
+        features = self.classifier.forward_features(images)
+        return self.classifier.forward_head(features, pre_logits=True).float()
+
+    def embed_classes(self, class_names: Sequence[str], templates: Sequence[str] = ()) -> Tensor:
+        """``(C, F + 1)``: the head's row and bias of each ImageNet-1k class; no sentences.
+
+        Raises:
+            ValueError: if a name is no class of ImageNet.
+        """
+        head = self.classifier.get_classifier()
+        index = torch.tensor([imagenet_index(name) for name in class_names])
+        index = index.to(head.weight.device)
+        return torch.cat([head.weight[index], head.bias[index, None]], dim=1)
+
+    def logits(self, embeddings: Tensor, classes: Tensor) -> Tensor:
+        """``(..., F)`` and ``(C, F + 1)`` -> ``(..., C)``: the head's own."""
+        return embeddings @ classes[:, :-1].T + classes[:, -1]
+
+
+TokenTeacher = ClipTeacher | ClassifierTeacher
+
+
+def load_token_teacher(name: str, weights: str | Path | None = None) -> TokenTeacher:
+    """A teacher of one embedding an image.
+
+    Args:
+        name: a model of the clip package (``ViT-L/14``), a path that ``clip.load`` reads,
+            ``open_clip:MODEL/PRETRAINED`` (``open_clip:ViT-H-14-quickgelu/dfn5b``), or a
+            classifier of timm.
+        weights: of a classifier of timm; default timm's own download.
+
+    Raises:
+        FileNotFoundError: if a weights file does not exist.
+        ValueError: if there is no such teacher, or its weights cannot be had.
+    """
+    if name.startswith("open_clip:"):
+        return _load_open_clip(name.removeprefix("open_clip:"))
+    if timm.is_model(name.split(".")[0]):
+        return _load_classifier(name, weights)
+    return _load_clip(name)
+
+
+def _load_clip(name: str) -> ClipTeacher:
+    import clip  # with its tokenizer a second; dense teachers do without
+
+    if name not in clip.available_models() and not Path(name).is_file():
+        raise ValueError(
+            f"teacher {name!r}: no file, no model of timm and none of the clip package "
+            f"({', '.join(clip.available_models())})"
+        )
+    try:
+        model, preprocess = clip.load(name, device="cpu")
+    except Exception as error:  # downloads and untrusted files fail in many ways
+        raise ValueError(f"teacher {name!r}: {_first_line(error)}") from error
+    return ClipTeacher(model, preprocess, functools.partial(clip.tokenize, truncate=True))
+
+
+def _load_open_clip(name: str) -> ClipTeacher:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ValueError(
+            f"teacher 'open_clip:{name}' needs the package open_clip_torch: "
+            "pip install open_clip_torch"
+        ) from error
+    model_name, _, pretrained = name.partition("/")
+    try:
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            model_name, pretrained=pretrained or None, require_pretrained=True
+        )
+    except Exception as error:  # unknown names, downloads and files fail in many ways
+        raise ValueError(f"teacher 'open_clip:{name}': {_first_line(error)}") from error
+    return ClipTeacher(model, preprocess, open_clip.get_tokenizer(model_name))
+
+
+def _load_classifier(name: str, weights: str | Path | None) -> ClassifierTeacher:
+    model = _create_timm(name, pretrained=weights is None)
+    if weights is not None:
+        _load_weights(model, name, Path(weights))
+    return ClassifierTeacher(model)
+
+
+@functools.cache
+def _imagenet_indices() -> dict[str, int]:
+    info = timm.data.ImageNetInfo()
+    indices: dict[str, int] = {}
+    for index in reversed(range(info.num_classes())):  # of two classes of a name the first wins
+        indices[info.index_to_label_name(index)] = index
+        for name in info.index_to_description(index).split(", "):
+            indices[name.lower()] = index
+    return indices
+
+
+def imagenet_index(name: str) -> int:
+    """The index of an ImageNet-1k class, by its name, one of its synonyms or its WordNet id.
+
+    Raises:
+        ValueError: if there is no such class.
+    """
+    indices = _imagenet_indices()
+    key = name.lower().replace("_", " ")
+    if key not in indices:
+        near = difflib.get_close_matches(key, indices, n=3)
+        raise ValueError(
+            f"{name!r} is no class of ImageNet-1k" + f" (near: {', '.join(near)})" * bool(near)
+        )
+    return indices[key]
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _as_image(values: tuple[float, ...]) -> Tensor:

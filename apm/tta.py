@@ -94,13 +94,20 @@ class TestTimeTrainer:
                 parameter.copy_(drawn[name][0])
         self.optimizer, self.scheduler = self._optimizer(self._student.parameters())
 
-    def adapt(self, image: Tensor, target: Tensor, features_at: Collection[int] = ()) -> Adaptation:
+    def adapt(
+        self,
+        image: Tensor,
+        target: Tensor,
+        features_at: Collection[int] = (),
+        on_step: Callable[[], object] = lambda: None,
+    ) -> Adaptation:
         """Train the student on one image, from its present weights: ``reset`` it first.
 
         Args:
             image: ``(3, H, W)``, preprocessed.
             target: ``(F,)``, the teacher's embedding of the image.
             features_at: after how many steps the feature grid shall be kept as well.
+            on_step: called after each step, for a progress bar.
         """
         images = image[None].to(self.device)
         return self._run(
@@ -109,6 +116,7 @@ class TestTimeTrainer:
             self.optimizer,
             self.scheduler,
             features_at,
+            on_step,
         )[0]
 
     def step(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,6 +170,7 @@ class TestTimeTrainer:
         optimizer: Adam,
         scheduler: StepLR,
         features_at: Collection[int],
+        on_step: Callable[[], object] = lambda: None,
     ) -> list[Adaptation]:
         """Fit K answers to ``(K, F)`` targets; students share no weight, so neither gradients."""
         losses, pooled_at, kept = [], [], {}
@@ -171,6 +180,7 @@ class TestTimeTrainer:
             pooled, loss = self._step(answer, targets, optimizer, scheduler)
             losses.append(loss.cpu())
             pooled_at.append(pooled.cpu())
+            on_step()
         pooled_at.append(self._answer_now(answer, dense=False))
         kept[self.iterations] = self._answer_now(answer, dense=True)
         return [

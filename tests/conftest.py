@@ -61,3 +61,24 @@ def load_script(relative: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def save_tiny_clip(path: Path) -> Path:
+    """A CLIP with random weights in the format that clip.load reads."""
+    from clip.model import CLIP
+
+    torch.manual_seed(0)
+    clip = CLIP(
+        embed_dim=64,
+        image_resolution=32,
+        vision_layers=2,
+        vision_width=64,
+        vision_patch_size=8,
+        context_length=77,
+        vocab_size=49408,
+        transformer_width=64,
+        transformer_heads=1,
+        transformer_layers=1,
+    )
+    torch.save(clip.state_dict(), path)
+    return path

@@ -1,0 +1,156 @@
+"""Test-time training over a data set: a row an image, kept safely; a table at the end."""
+
+import csv
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apm.files import atomic_path
+from apm.teachers import TokenTeacher
+from apm.tta import Adaptation, TestTimeTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class RowLog:
+    """A CSV file that only grows: a row is on the disk before the next image is begun.
+
+    A run that was killed finds its rows again; a half-written last row is dropped.
+
+    Args:
+        path: the CSV file; beside it a ``.json`` says which run its rows belong to.
+        columns: names of the columns; the first is the image's index.
+        run: what the rows depend on, as plain values.
+
+    Raises:
+        ValueError: if the file holds the rows of another run, or is no such file.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], run: Mapping[str, Any]) -> None:
+        self.path, self.columns = path, list(columns)
+        self.rows: list[dict[str, float]] = []
+        record = path.with_suffix(".json")
+        text = json.dumps(run, indent=2, sort_keys=True) + "\n"
+        if path.exists():
+            if not record.exists() or record.read_text() != text:
+                raise ValueError(f"{path}: rows of another run; choose another --output")
+            self._recover()
+        else:
+            with atomic_path(record) as temporary:
+                temporary.write_text(text)
+            with atomic_path(path) as temporary:
+                temporary.write_text(",".join(self.columns) + "\n")
+
+    def _recover(self) -> None:
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        lines = whole.decode("utf-8", errors="replace").splitlines()
+        if not lines or lines[0].split(",") != self.columns:
+            raise ValueError(f"{self.path}: not a table of this run; choose another --output")
+        for number, line in enumerate(csv.reader(lines[1:]), start=2):
+            try:
+                values = [float(value) for value in line]
+                self.rows.append(dict(zip(self.columns, values, strict=True)))
+            except ValueError as error:
+                raise ValueError(f"{self.path}, line {number}: damaged ({error})") from error
+        if len(whole) < len(content):
+            os.truncate(self.path, len(whole))
+
+    @property
+    def done(self) -> set[int]:
+        """Indices of the images that have their rows."""
+        return {int(row[self.columns[0]]) for row in self.rows}
+
+    def append(self, rows: Iterable[Mapping[str, float]]) -> None:
+        """Add rows and see them onto the disk."""
+        rows = [dict(row) for row in rows]
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows.extend(rows)
+
+
+def row_columns(report_at: Sequence[int]) -> list[str]:
+    """The columns of a data set run."""
+    columns = ["index", "label", "teacher"]
+    columns += [f"student_{step}" for step in report_at]
+    return [*columns, *(f"loss_{step}" for step in report_at), "seconds"]
+
+
+def adapt_batches(
+    trainer: TestTimeTrainer, indices: Sequence[int], parallel: int, load: Any, seed: int
+) -> Iterator[tuple[list[int], list[Adaptation], float]]:
+    """Train a student for each image, ``parallel`` at a time; halve that when memory runs out.
+
+    Args:
+        load: index -> preprocessed image ``(3, H, W)`` and target ``(F,)``.
+
+    Yields:
+        Indices, what came of them, seconds for each.
+    """
+    start = 0
+    while start < len(indices):
+        batch = list(indices[start : start + parallel])
+        images, targets = map(torch.stack, zip(*map(load, batch), strict=True))
+        started = time.perf_counter()
+        try:
+            adapted = trainer.adapt_many(images, targets, [seed + index for index in batch])
+        except (torch.OutOfMemoryError, MemoryError):
+            if parallel == 1:
+                raise ValueError("out of memory with one student: nothing smaller to try") from None
+            parallel = max(parallel // 2, 1)
+            torch.cuda.empty_cache()
+            logger.warning("out of memory: going on with %d students at a time", parallel)
+            continue
+        yield batch, adapted, (time.perf_counter() - started) / len(batch)
+        start += len(batch)
+
+
+def image_row(
+    index: int,
+    label: int,
+    target: Tensor,
+    adapted: Adaptation,
+    seconds: float,
+    teacher: TokenTeacher,
+    classes: Tensor,
+    report_at: Sequence[int],
+) -> dict[str, float]:
+    """One image's predictions: the teacher's, and the student's after each number of steps."""
+    pooled = adapted.pooled_at[list(report_at)]  # (R, F)
+    predictions = teacher.logits(torch.cat([target[None], pooled]), classes).argmax(dim=1).tolist()
+    losses = (pooled - target).square().mean(dim=1).tolist()
+    row = {"index": index, "label": label, "teacher": predictions[0]}
+    row |= {f"student_{s}": p for s, p in zip(report_at, predictions[1:], strict=True)}
+    row |= {f"loss_{s}": loss for s, loss in zip(report_at, losses, strict=True)}
+    return row | {"seconds": round(seconds, 4)}
+
+
+def summarise(rows: Sequence[Mapping[str, float]], report_at: Sequence[int]) -> dict[str, Any]:
+    """Top-1 of teacher and student in per cent, their agreement, and the loss, by iteration."""
+
+    def percent(hits: Iterable[bool]) -> float:
+        return 100 * sum(hits) / len(rows)
+
+    return {
+        "images": len(rows),
+        "teacher_top1": percent(row["teacher"] == row["label"] for row in rows),
+        "seconds_per_image": sum(row["seconds"] for row in rows) / len(rows),
+        "iterations": [
+            {
+                "iteration": step,
+                "student_top1": percent(row[f"student_{step}"] == row["label"] for row in rows),
+                "agreement": percent(row[f"student_{step}"] == row["teacher"] for row in rows),
+                "loss": sum(row[f"loss_{step}"] for row in rows) / len(rows),
+            }
+            for step in report_at
+        ],
+    }

@@ -1,0 +1,258 @@
+"""Test-time training on a single CLS token (paper, section 3.2, Figure 3 and tables 1 to 3).
+
+One image (--input): a student that knows nothing learns the teacher's embedding; its islands, from
+the whole to the parts, every 50 iterations, and its loss. A data set (--dataset): the accuracy of
+teacher and students, side by side, after chosen numbers of iterations.
+"""
+
+import sys
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from apm import APMConfig
+from apm.cache import cached
+from apm.cli import (
+    OUTPUTS,
+    ROOT,
+    Results,
+    command,
+    make_parser,
+    positive_int,
+    seed_everything,
+    select_device,
+)
+from apm.data import load_image
+from apm.datasets import DATASETS, LabelledImages, load_dataset
+from apm.evaluation import RowLog, adapt_batches, image_row, row_columns, summarise
+from apm.figures import log_loss_figure
+from apm.files import file_sha256, prepare_output
+from apm.islands import island_colours, island_greys
+from apm.pictures import panels, save_gif, save_picture
+from apm.prompts import load_templates
+from apm.teachers import TokenTeacher, load_token_teacher
+from apm.tta import TestTimeTrainer
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """An argparse type: whole numbers of at least 1, separated by commas."""
+    return tuple(positive_int(number) for number in text.split(","))
+
+
+def names(text: str) -> tuple[str, ...]:
+    """An argparse type: class names, separated by commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """The script's flags."""
+    parser = make_parser(
+        __doc__,
+        *("--input", "--output", "--teacher", "--teacher-weights", "--device", "--dtype"),
+        *("--seed", "--limit"),
+        input=ROOT / "assets" / "cat.jpg",
+        output=OUTPUTS / "train_tta",
+        teacher=str(ROOT / "checkpoints" / "clip_tiny.pt"),
+    )
+    add = parser.add_argument
+    add("--classes", type=names, default=CLASSES, help="class names for --input, by commas")
+    add("--templates", default="single", help="prompts: single, clip80, or a file of them")
+    add("--pooling", choices=("attention", "mean"), default="attention", help="of the student")
+    add("--iterations", type=positive_int, help="steps (default: 250, with --dataset 50)")
+    add("--learning-rate", type=float, default=1e-4, help="learning rate of Adam")
+    add("--every", type=positive_int, default=50, help="iterations from islands to islands")
+    add("--dataset", choices=DATASETS, help="a test set instead of one image")
+    add("--data-root", type=Path, default=ROOT / "data", help="where data sets lie")
+    add("--download", action="store_true", help="let torchvision fetch the data set")
+    add("--corruption", default="gaussian_noise", help="of cifar10c")
+    add("--severity", type=int, default=5, help="of cifar10c, 1 to 5")
+    add("--report-at", type=numbers, default=(1, 5, 10, 20, 50), help="iterations in the table")
+    add("--parallel", type=positive_int, default=1, help="students trained at once")
+    args = parser.parse_args(argv)
+    args.iterations = args.iterations or (50 if args.dataset else 250)
+    args.report_at = tuple(step for step in args.report_at if step <= args.iterations)
+    if not args.report_at:
+        raise ValueError(f"--report-at: none is within the {args.iterations} iterations")
+    return args
+
+
+def embed(teacher: TokenTeacher, image: Image.Image, device: torch.device) -> Tensor:
+    """The teacher's embedding of one image, ``(F,)`` on the CPU."""
+    return teacher(teacher.preprocess(image)[None].to(device))[0].cpu()
+
+
+def teacher_key(args: Namespace) -> dict[str, str | None]:
+    """What identifies the teacher: its name, and the hash of its weights where they are a file."""
+    files = [path for path in (args.teacher_weights, Path(args.teacher)) if path and path.is_file()]
+    weights = file_sha256(files[0]) if files else None
+    return {"teacher": Path(args.teacher).name, "weights_sha256": weights}
+
+
+def run_image(
+    args: Namespace,
+    trainer: TestTimeTrainer,
+    teacher: TokenTeacher,
+    image: Image.Image,
+    output: Path,
+) -> dict:
+    """One image: islands, loss curve, predictions."""
+    target = embed(teacher, image, trainer.device)
+    classes = teacher.embed_classes(args.classes, load_templates(args.templates)).cpu()
+    trainer.reset(args.seed)
+    preprocessing = trainer.model.preprocessing
+    kept = range(args.every, args.iterations + 1, args.every)
+    with tqdm(total=args.iterations, unit="step") as progress:
+        adapted = trainer.adapt(preprocessing(image), target, kept, lambda: progress.update())
+    side = trainer.model.config.grid_size
+    grids = {step: grid.view(side, side, -1).numpy() for step, grid in adapted.features_at.items()}
+    greys = {step: island_greys(grid, args.seed) for step, grid in grids.items()}
+    colours = {step: island_colours(grid, seed=args.seed) for step, grid in grids.items()}
+    picture = np.asarray(preprocessing.picture(image))
+    labels = [f"{step} iterations" for step in grids]
+    rows = [
+        {"input": picture} | dict(zip(labels, greys.values(), strict=True)),
+        {"": np.full_like(picture, 255)}
+        | {f"{label}, in colour": c for label, c in zip(labels, colours.values(), strict=True)},
+    ]
+    save_picture(output / "islands.png", panels(rows, side=224))
+    frames = [
+        panels(
+            [{"input": picture, f"{step} iterations": greys[step], "colour": colours[step]}], 224
+        )
+        for step in grids
+    ]
+    if frames:
+        save_gif(output / "islands.gif", frames, milliseconds=600)
+    log_loss_figure(output / "loss.png", adapted.losses)
+    logits = teacher.logits(torch.stack([target, adapted.pooled]), classes)
+    shares = logits.softmax(dim=1).tolist()
+    print(f"loss {adapted.losses[0]:.3g} -> {adapted.losses[-1]:.3g}")
+    for name, row in zip(("teacher", "student"), shares, strict=True):
+        best = max(range(len(row)), key=row.__getitem__)
+        print(f"{name}: {args.classes[best]} ({row[best]:.3f})")
+    print(output / "islands.png")
+    return {
+        "losses": adapted.losses,
+        "probabilities": {
+            name: dict(zip(args.classes, row, strict=True))
+            for name, row in zip(("teacher", "student"), shares, strict=True)
+        },
+    }
+
+
+def run_dataset(
+    args: Namespace,
+    trainer: TestTimeTrainer,
+    teacher: TokenTeacher,
+    data: LabelledImages,
+    output: Path,
+) -> dict:
+    """A data set: a row an image, resumed where a killed run stopped, and the table."""
+    count = min(len(data.images), args.limit or len(data.images))
+    key = teacher_key(args) | {"dataset": data.name, "data_root": str(args.data_root)}
+    templates = load_templates(args.templates)
+    folder = output / "cache"
+
+    def embed_all() -> Tensor:
+        indices = tqdm(range(count), desc="teacher", unit="image")
+        return torch.stack(
+            [embed(teacher, data.images[i][0].convert("RGB"), trainer.device) for i in indices]
+        )
+
+    targets = cached(folder, key | {"what": "images", "count": count}, embed_all)
+    classes = cached(
+        folder,
+        key | {"what": "classes", "classes": data.class_names, "templates": templates},
+        lambda: teacher.embed_classes(data.class_names, templates),
+    )
+
+    def load(index: int) -> tuple[Tensor, Tensor]:
+        image = data.images[index][0].convert("RGB")
+        return trainer.model.preprocessing(image), targets[index]
+
+    run = key | {
+        **{"templates": templates, "iterations": args.iterations, "pooling": args.pooling},
+        **{"learning_rate": args.learning_rate, "seed": args.seed, "dtype": args.dtype},
+    }
+    row = partial(image_row, teacher=teacher, classes=classes, report_at=args.report_at)
+    log = RowLog(output / "rows.csv", row_columns(args.report_at), run)
+    todo = [index for index in range(count) if index not in log.done]
+    with tqdm(total=count, initial=count - len(todo), unit="image") as progress:
+        for indices, many, seconds in adapt_batches(trainer, todo, args.parallel, load, args.seed):
+            log.append(
+                row(index, data.images[index][1], targets[index], adapted, seconds)
+                for index, adapted in zip(indices, many, strict=True)
+            )
+            progress.update(len(indices))
+    return summarise([row for row in log.rows if row["index"] < count], args.report_at)
+
+
+def step_gmacs(trainer: TestTimeTrainer) -> float:
+    """Giga multiply-adds of one step, forward and backward, as torch counts them."""
+    config = trainer.model.config
+    image = torch.zeros(1, 3, config.image_size, config.image_size, device=trainer.device)
+    with FlopCounterMode(display=False) as counter:
+        trainer.step(image, torch.zeros(1, config.feature_dim, device=trainer.device))
+    return counter.get_total_flops() / 2e9
+
+
+def print_table(summary: dict, gmacs: float) -> None:
+    """Teacher and student by iteration."""
+    print(f"{summary['images']} images; teacher top-1 {summary['teacher_top1']:.2f} %")
+    print("iteration  student top-1 %  agreement %       loss  GMACs an image")
+    for row in summary["iterations"]:
+        print(
+            f"{row['iteration']:9}  {row['student_top1']:15.2f}  {row['agreement']:11.2f}  "
+            f"{row['loss']:9.2e}  {gmacs * row['iteration']:14.1f}"
+        )
+    print(f"{summary['seconds_per_image']:.2f} s an image")
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    device = select_device(args.device)
+    load_templates(args.templates)
+    if args.dataset:
+        work = partial(
+            run_dataset,
+            data=load_dataset(
+                args.dataset,
+                args.data_root,
+                download=args.download,
+                corruption=args.corruption,
+                severity=args.severity,
+            ),
+        )
+    else:
+        work = partial(run_image, image=load_image(args.input))
+    teacher = load_token_teacher(args.teacher, args.teacher_weights).to(device)
+    width = embed(teacher, Image.new("RGB", (64, 64)), device).shape[0]
+    trainer = TestTimeTrainer(
+        APMConfig.tta(width, pooling=args.pooling),
+        iterations=args.iterations,
+        learning_rate=args.learning_rate,
+        dtype=args.dtype,
+        device=device,
+    )
+    output = prepare_output(args.output)
+    results = Results(args, device)
+    seed_everything(args.seed)
+    numbers = work(args=args, trainer=trainer, teacher=teacher, output=output)
+    if args.dataset:
+        numbers["gmacs_per_iteration"] = step_gmacs(trainer)
+        print_table(numbers, numbers["gmacs_per_iteration"])
+    results.save(output, **numbers)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+from conftest import photograph
+
+from apm.datasets import CIFAR10_CLASSES, DATASETS, load_dataset, readable
+
+
+def test_a_folder_of_class_folders(tmp_path):
+    for name in ("n02123045", "sea_or_lake"):
+        (tmp_path / name).mkdir()
+        photograph().save(tmp_path / name / "a.png")
+    data = load_dataset("imagefolder", tmp_path)
+    assert data.class_names == ("tabby", "sea or lake")
+    image, label = data.images[1]
+    assert image.size == (80, 60) and label == 1
+
+
+def test_cifar10c(tmp_path):
+    images = np.arange(5 * 4, dtype=np.uint8).repeat(32 * 32 * 3).reshape(20, 32, 32, 3)
+    np.save(tmp_path / "fog.npy", images)
+    np.save(tmp_path / "labels.npy", np.tile([3, 1, 4, 1], 5))
+    data = load_dataset("cifar10c", tmp_path, corruption="fog", severity=2)
+    assert data.class_names == CIFAR10_CLASSES and len(data.images) == 4
+    image, label = data.images[2]
+    assert image.getpixel((0, 0)) == (6, 6, 6) and label == 4
+    for severity in (0, 6):
+        with pytest.raises(ValueError, match="severity"):
+            load_dataset("cifar10c", tmp_path, corruption="fog", severity=severity)
+    with pytest.raises(ValueError, match="no CIFAR-10-C with snow"):
+        load_dataset("cifar10c", tmp_path, corruption="snow")
+    np.save(tmp_path / "odd.npy", images[:7])
+    with pytest.raises(ValueError, match="five severities"):
+        load_dataset("cifar10c", tmp_path, corruption="odd")
+
+
+@pytest.mark.parametrize("name", [name for name in DATASETS if name != "cifar10c"])
+def test_missing_data_are_one_line(tmp_path, name):
+    with pytest.raises(ValueError, match=f"no {name} there") as error:
+        load_dataset(name, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_readable_names():
+    assert readable("apple_pie") == "apple pie"
+    assert readable("/a/airfield") == "a airfield"
+    assert readable("n03888257") == "parachute"
