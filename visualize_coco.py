@@ -18,6 +18,7 @@ from apm.cli import OUTPUTS, ROOT, Results, command, make_parser, seed_everythin
 from apm.data import image_names, load_images, load_labels
 from apm.files import prepare_output
 from apm.islands import METHODS, island_colours
+from apm.losses import rgb_targets
 from apm.percept import perceive
 from apm.pictures import heat_map, overlay, panels, save_gallery, save_picture
 from apm.preprocessing import to_pixels
@@ -76,15 +77,14 @@ def features_of(
     percept = perceive(model, image, chunk_size=args.chunk_size, dtype=args.dtype)
     pixels = to_pixels(model.preprocessing.picture(image))[None] / 255  # (1, 3, H, W)
     side = model.config.grid_size
-    colour = torch.nn.functional.avg_pool2d(pixels, model.config.patch_size)[0].permute(1, 2, 0)
     arrays = {
         "picture": percept.picture,
         "rgb": percept.rgb,
         "student": percept.features,
-        "colour": colour.numpy(),
+        "colour": rgb_targets(pixels, model.config.patch_size).view(side, side, 3).numpy(),
         "position": model.grid_positions().cpu().numpy().reshape(side, side, 2),
     }
-    if model.config.local_sizes:
+    if args.score and model.config.local_sizes:
         arrays["column alone"] = perceive(model, image, dtype=args.dtype, local=False).features
     if teacher is not None:
         answers = teacher(pixels.to(teacher.mean.device))[0]
