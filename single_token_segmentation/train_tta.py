@@ -61,7 +61,7 @@ def parse(argv: list[str] | None) -> Namespace:
         *("--seed", "--limit"),
         input=ROOT / "assets" / "cat.jpg",
         output=OUTPUTS / "train_tta",
-        teacher=str(ROOT / "checkpoints" / "clip_tiny.pt"),
+        teacher="ViT-L/14",
     )
     add = parser.add_argument
     add("--classes", type=names, default=CLASSES, help="class names for --input, by commas")
