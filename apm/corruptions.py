@@ -2,8 +2,8 @@
 
 Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
 Perturbations", ICLR 2019, arXiv:1903.12261, section 4.1. The parameters are those of the published
-sets; the random numbers are not, so images agree with the published ones in kind, not pixel by
-pixel.
+sets; the random numbers are not, so where chance plays a part images agree with the published ones
+in kind, not pixel by pixel.
 
 Every corruption is a function of an image ``(H, W, 3)`` RGB in [0, 1], a generator and the
 parameters of one severity; it returns an image that may leave [0, 1]. ``corrupt`` is the way in.
@@ -244,7 +244,10 @@ def frost(
     stride: int,
     textures: Sequence,
 ) -> ndarray:
-    """Ice on the lens: a random piece of a random photograph of frost, added to the image."""
+    """Ice on the lens: a random piece of a random photograph of frost, added to the image.
+
+    The published sets draw from frost1 to frost5 of their six photographs.
+    """
     height, width, _ = image.shape
     texture = _enlarge(textures[random.integers(len(textures))], height * stride, width * stride)
     top = random.integers(texture.shape[0] - height * stride + 1)

@@ -325,6 +325,7 @@ SCRIPTS = [
     path.relative_to(ROOT)
     for folder in (".", "misc_scripts", "flop_analysis", "single_token_segmentation")
     for path in sorted((ROOT / folder).glob("*.py"))
+    if "def main(" in path.read_text(encoding="utf-8")
 ]
 
 
