@@ -1,0 +1,32 @@
+"""Rows of a table as plain dictionaries: printed on stdout, kept in results.json."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def compare(name: str, ours: float, paper: float | None = None, **more: Any) -> dict[str, Any]:
+    """A row: the paper's number if it has one, ours, ours less the paper's, further columns."""
+    difference = None if paper is None else ours - paper
+    return {"name": name, "paper": paper, "ours": ours, "difference": difference} | more
+
+
+def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Names to the left, numbers to the right, ``-`` where there is none; units in the title."""
+    columns = ["" if column == "name" else column for column in rows[0]]
+    cells = [columns] + [[_cell(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    print(f"\n{title}")
+    for name, *numbers in cells:
+        aligned = (f"{cell:>{width}}" for cell, width in zip(numbers, widths[1:], strict=True))
+        print("  ".join([f"{name:{widths[0]}}", *aligned]))
+
+
+def _cell(value: float | str | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """The explanations under the tables."""
+    print("\n" + "\n".join(f"* {note}" for note in notes))
