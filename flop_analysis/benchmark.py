@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from baselines import TPT, clip_inputs, clip_model
+from counting import torch_macs
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.optim import Adam
-from torch.utils.flop_counter import FlopCounterMode
 
 from apm import APM, APMConfig, load_model
 from apm.cli import (
@@ -73,16 +73,17 @@ def matmul_rate(device: torch.device, dtype: str, repeats: int) -> float:
     kind = getattr(torch, dtype)
     inputs = torch.randn(LOCATIONS, 4096, device=device, dtype=kind)
     weight = torch.randn(4096, 4096, device=device, dtype=kind)
-    seconds = seconds_of(lambda: F.linear(inputs, weight), device, 2 * repeats)
+    seconds = seconds_of(lambda: F.linear(inputs, weight), device, repeats)
     return LOCATIONS * 4096**2 / seconds
 
 
-def concatenated(layer: QueryLinear, *parts: Tensor) -> Tensor:
-    """The released first layer: one matrix on the concatenated query."""
+def joined(layer: QueryLinear) -> Callable[..., Tensor]:
+    """The released first layer: one matrix, joined once, on the concatenated query."""
     blocks = [layer.column.weight, layer.position.weight]
     if layer.feature is not None:
         blocks.insert(0, layer.feature.weight)
-    return F.linear(torch.cat(parts, dim=-1), torch.cat(blocks, dim=1), layer.column.bias)
+    weight = torch.cat(blocks, dim=1)
+    return lambda *parts: F.linear(torch.cat(parts, dim=-1), weight, layer.column.bias)
 
 
 def released_chunks(
@@ -90,12 +91,13 @@ def released_chunks(
 ) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
     """The released arithmetic, ``chunk_size`` whole queries at a time: queries and features."""
     encoding = sincos_2d(model.grid_positions(), model.config.position_dim)
+    first = joined(model.trunk_first)
     for positions in encoding.split(chunk_size):
         query = (
             column[:, None].expand(-1, len(positions), -1),
             positions.expand(len(column), -1, -1),
         )
-        x = concatenated(model.trunk_first, *query).relu()
+        x = first(*query).relu()
         for layer in model.trunk:
             x = layer(x).relu()
         yield query, model.feature_head(x)
@@ -103,9 +105,9 @@ def released_chunks(
 
 def released_dense(model: APM, images: Tensor, chunk_size: int) -> list[tuple[Tensor, Tensor]]:
     """The released inference."""
-    answers = []
+    answers, rgb_first = [], joined(model.rgb_first)
     for query, features in released_chunks(model, model.encode(images), chunk_size):
-        rgb = concatenated(model.rgb_first, features, *query).relu()
+        rgb = rgb_first(features, *query).relu()
         for layer in model.rgb_head:
             rgb = layer(rgb).relu()
         answers.append((features, rgb))
@@ -187,13 +189,6 @@ def bench_tta(bench: Bench) -> None:
         bench.measure("TTT step, ours", dtype, ours, partial(trainer.step, images, targets[None]))
 
 
-def counted_macs(work: Callable[[], object]) -> int:
-    """Multiply-adds of a call, as torch counts them."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops() // 2
-
-
 def bench_images(bench: Bench) -> None:
     """Test-time training of whole images: one student, and eight at once."""
     for iterations, count in ((20, 1), (2, 1), (2, 8)):
@@ -215,7 +210,7 @@ def bench_islands(bench: Bench) -> None:
     """From a photograph to colours with the bundled checkpoint."""
     model = load_model(BUNDLED_CHECKPOINT, bench.device)
     image = load_image(ROOT / "assets" / "cat.jpg")
-    macs = counted_macs(lambda: perceive(model, image))
+    macs = torch_macs(lambda: perceive(model, image))
     for method in ("pca", "tsne"):
         bench.measure(
             f"islands of a photograph, {method}",
@@ -232,12 +227,12 @@ def bench_teachers(bench: Bench) -> None:
         image, prompt = clip_inputs()
         views, prompts = clip_inputs(TPT.VIEWS, TPT_CLASSES)
     forward = torch.inference_mode()(partial(clip, image, prompt))
-    bench.measure("CLIP ViT-B/16, image + prompt", "float32", counted_macs(forward), forward)
+    bench.measure("CLIP ViT-B/16, image + prompt", "float32", torch_macs(forward), forward)
     with bench.device:
         tpt = TPT(clip)
     step = partial(tpt.step, Adam([tpt.context], lr=5e-3), views, prompts)
     name = f"TPT step, {TPT.VIEWS} views, {TPT_CLASSES} classes"
-    bench.measure(name, "float32", counted_macs(step), step, repeats=1)
+    bench.measure(name, "float32", torch_macs(step), step, repeats=1)
 
 
 def print_rows(rows: list[Row]) -> None:
