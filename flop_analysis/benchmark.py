@@ -57,15 +57,27 @@ class Row(NamedTuple):
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median wall-clock seconds of a call, after one to warm up; of a single call without."""
-    times = []
-    for _ in range(repeats + (repeats > 1)):
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
+    """Median seconds of a call, after one to warm up; of a single call without."""
+    timed = cuda_seconds if device.type == "cuda" else cpu_seconds
+    times = [timed(work) for _ in range(repeats + (repeats > 1))]
     return statistics.median(times[-repeats:])
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def cuda_seconds(work: Callable[[], object]) -> float:
+    """Seconds of one call between two events of the current CUDA stream."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
 
 
 def matmul_rate(device: torch.device, dtype: str, repeats: int) -> float:
@@ -262,7 +274,7 @@ def draw_rows(path: Path, rows: list[Row]) -> None:
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__, "--output", "--device", output=OUTPUTS / "benchmark")
-    parser.add_argument("--repeats", type=positive_int, default=5, help="timed runs of each row")
+    parser.add_argument("--repeats", type=positive_int, default=3, help="timed runs of each row")
     args = parser.parse_args(argv)
     device = select_device(args.device)
     output = prepare_output(args.output)
