@@ -30,7 +30,7 @@ from apm.cli import (
     select_device,
 )
 from apm.data import load_image
-from apm.datasets import DATASETS, LabelledImages, load_dataset
+from apm.datasets import CIFAR10_CLASSES, DATASETS, LabelledImages, load_dataset
 from apm.evaluation import RowLog, adapt_batches, image_row, row_columns, summarise
 from apm.figures import log_loss_figure
 from apm.files import file_sha256, prepare_output
@@ -39,8 +39,6 @@ from apm.pictures import panels, save_gif, save_picture
 from apm.prompts import load_templates
 from apm.teachers import TokenTeacher, load_token_teacher
 from apm.tta import TestTimeTrainer
-
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -64,7 +62,7 @@ def parse(argv: list[str] | None) -> Namespace:
         teacher="ViT-L/14",
     )
     add = parser.add_argument
-    add("--classes", type=names, default=CLASSES, help="class names for --input, by commas")
+    add("--classes", type=names, default=CIFAR10_CLASSES, help="class names for --input, by commas")
     add("--templates", default="single", help="prompts: single, clip80, or a file of them")
     add("--pooling", choices=("attention", "mean"), default="attention", help="of the student")
     add("--iterations", type=positive_int, help="steps (default: 250, with --dataset 50)")
