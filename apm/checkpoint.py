@@ -95,7 +95,8 @@ def _build(content: Any) -> APM:
         weights, provenance = content["weights"], content["provenance"]
     elif "fc1.weight" in content:
         pooled = "little_query" in content
-        config = APMConfig.tta(_width(content, "feat_proj_head")) if pooled else APMConfig.coco()
+        width = content["feat_proj_head.weight"].shape[0]
+        config = APMConfig.tta(width) if pooled else APMConfig.coco()
         preprocessing = RELEASED_TTA if pooled else RELEASED_COCO
         weights = from_released(content)
     else:
@@ -155,7 +156,3 @@ def from_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
     except KeyError as error:
         raise ValueError(f"released checkpoint: key {error} is missing or unknown") from error
     return ours
-
-
-def _width(state: dict[str, Tensor], layer: str) -> int:
-    return state[f"{layer}.weight"].shape[0]

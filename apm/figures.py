@@ -8,6 +8,12 @@ from matplotlib.figure import Figure
 from apm.files import atomic_path
 
 
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a figure atomically; the same figure gives the same bytes."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, metadata={"Software": None})
+
+
 def loss_figure(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     """Feature and RGB losses of training and validation against the epoch."""
     figure = Figure(figsize=(9, 3.5), layout="constrained")
@@ -18,8 +24,7 @@ def loss_figure(path: Path, history: Sequence[Mapping[str, float]]) -> None:
                 axes.plot(epochs, [row[name] for row in history], label=name.replace("_", " "))
         axes.set(xlabel="epoch", yscale="log")
         axes.legend()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, metadata={"Software": None})
+    save_figure(path, figure)
 
 
 def log_loss_figure(path: Path, losses: Sequence[float]) -> None:
@@ -29,5 +34,4 @@ def log_loss_figure(path: Path, losses: Sequence[float]) -> None:
     axes.plot(range(1, len(losses) + 1), losses)
     axes.set(xlabel="iteration", ylabel="mean squared error", yscale="log")
     axes.grid(alpha=0.3)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, metadata={"Software": None})
+    save_figure(path, figure)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from apm.cli import precision
 from apm.model import APM
+from apm.preprocessing import to_pixels
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def perceive(
         local: give the model the local patches, if it has them; else from the column alone.
     """
     picture = model.preprocessing.picture(image)
-    images = model.preprocessing(image)[None].to(model.fold.weight.device)
+    images = model.preprocessing.normalise(to_pixels(picture))[None]
+    images = images.to(model.fold.weight.device)
     with precision(images.device, dtype):
         answers = model.query(
             model.encode(images), chunk_size=chunk_size, images=images if local else None

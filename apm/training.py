@@ -105,14 +105,16 @@ class DistillationTrainer:
                 images=images if local else None,
             )
         features, targets = features.float(), targets[:, chosen]
-        colours = rgb_targets(
-            self.model.preprocessing.colours(pixels), self.model.config.patch_size
-        )[:, chosen]
+        colours = self._colours(pixels)[:, chosen]
         if self.standardised:
             loss = standardised_feature_loss(features, targets, self.mean, self.std)
         else:
             loss = feature_loss(features, targets)
         return loss, F.mse_loss(rgb.float(), colours)
+
+    def _colours(self, pixels: Tensor) -> Tensor:
+        colours = self.model.preprocessing.colours(pixels)
+        return rgb_targets(colours, self.model.config.patch_size)
 
     @torch.no_grad()
     def validate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
@@ -131,9 +133,7 @@ class DistillationTrainer:
                 for name, loss in zip(("feature_loss", "rgb_loss"), losses, strict=True):
                     key = prefix + name
                     sums[key] = sums.get(key, 0.0) + loss.item() * len(pixels)
-            colours = rgb_targets(
-                self.model.preprocessing.colours(pixels), self.model.config.patch_size
-            )
+            colours = self._colours(pixels)
             colour_sum += colours.mean(dim=1).sum(dim=0)
             colour_squares += colours.square().mean(dim=(1, 2)).sum().item()
             count += len(pixels)

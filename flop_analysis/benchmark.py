@@ -35,7 +35,8 @@ from apm.cli import (
     select_device,
 )
 from apm.data import load_image
-from apm.files import atomic_path, prepare_output
+from apm.figures import save_figure
+from apm.files import prepare_output
 from apm.islands import island_colours
 from apm.model import QueryLinear
 from apm.percept import perceive
@@ -267,8 +268,7 @@ def draw_rows(path: Path, rows: list[Row]) -> None:
     axes.set(xscale="log", xlabel="seconds")
     axes.invert_yaxis()
     axes.legend()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, metadata={"Software": None})
+    save_figure(path, figure)
 
 
 @command

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from apm import APM, APMConfig
 from apm.cli import OUTPUTS, Results, command, make_parser, positive_int, select_device
-from apm.files import atomic_path, prepare_output
+from apm.figures import save_figure
+from apm.files import prepare_output
 from apm.positional_encoding import sincos_2d
 
 META = torch.device("meta")  # shapes without memory, enough to count what has no data-made shapes
@@ -204,8 +205,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
         axes.set_xticks(PATCHES, PATCHES)
         axes.minorticks_off()
     figure.legend(*work.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, metadata={"Software": None})
+    save_figure(path, figure)
 
 
 def explain(clip: dict[str, Any], dense: dict[str, Any]) -> list[str]:

@@ -109,7 +109,7 @@ def run_image(
     preprocessing = trainer.model.preprocessing
     kept = range(args.every, args.iterations + 1, args.every)
     with tqdm(total=args.iterations, unit="step") as progress:
-        adapted = trainer.adapt(preprocessing(image), target, kept, lambda: progress.update())
+        adapted = trainer.adapt(preprocessing(image), target, kept, progress.update)
     side = trainer.model.config.grid_size
     grids = {step: grid.view(side, side, -1).numpy() for step, grid in adapted.features_at.items()}
     greys = {step: island_greys(grid, args.seed) for step, grid in grids.items()}
@@ -173,9 +173,11 @@ def run_dataset(
         lambda: teacher.embed_classes(data.class_names, templates),
     )
 
+    labels: dict[int, int] = {}
+
     def load(index: int) -> tuple[Tensor, Tensor]:
-        image = data.images[index][0].convert("RGB")
-        return trainer.model.preprocessing(image), targets[index]
+        image, labels[index] = data.images[index]
+        return trainer.model.preprocessing(image.convert("RGB")), targets[index]
 
     run = key | {
         **{"templates": templates, "iterations": args.iterations, "pooling": args.pooling},
@@ -187,7 +189,7 @@ def run_dataset(
     with tqdm(total=count, initial=count - len(todo), unit="image") as progress:
         for indices, many, seconds in adapt_batches(trainer, todo, args.parallel, load, args.seed):
             log.append(
-                row(index, data.images[index][1], targets[index], adapted, seconds)
+                row(index, labels.pop(index), targets[index], adapted, seconds)
                 for index, adapted in zip(indices, many, strict=True)
             )
             progress.update(len(indices))
