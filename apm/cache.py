@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apm.files import atomic_path, file_sha256
+from apm.files import atomic_path, file_sha256, read_array, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +34,9 @@ def cached(folder: Path, key: Mapping[str, Any], build: Callable[[], Tensor]) ->
     record = data.with_suffix(".json")
     if data.exists() and record.exists():
         try:
-            kept = json.loads(record.read_text())
+            kept = read_json(record)
             if kept["key"] == json.loads(text) and kept["sha256"] == file_sha256(data):
-                return torch.from_numpy(np.load(data, allow_pickle=False))
+                return torch.from_numpy(read_array(data))
             logger.warning("%s: damaged, built again", data)
         except (ValueError, KeyError, TypeError, OSError):
             logger.warning("%s: unreadable, built again", record)

@@ -2,21 +2,26 @@
 
 import argparse
 import functools
+import io
 import json
 import os
 import platform
 import random
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
-from apm.files import atomic_path
+from apm.files import atomic_path, release_outputs
+from apm.islands import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED_CHECKPOINT = ROOT / "checkpoints" / "apm_small.pth"
@@ -29,6 +34,14 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return value
+
+
+def worker_count(text: str) -> int:
+    """An argparse type: a number of processes, no more than there are cores."""
+    value, cores = int(text), os.cpu_count() or 1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 0")
+    return min(value, cores)
 
 
 def share(text: str) -> float:
@@ -62,10 +75,15 @@ FLAGS: dict[str, dict[str, Any]] = {
         "help": "precision of matrix products",
     },
     "--seed": {"type": int, "default": 0, "help": "seed of all randomness"},
+    "--method": {"choices": METHODS, "default": "tsne", "help": "how islands are coloured"},
     "--chunk-size": {"type": positive_int, "help": "locations answered at a time (default: all)"},
     "--batch-size": {"type": positive_int, "default": 8, "help": "images at a time"},
     "--limit": {"type": positive_int, "help": "at most this many images (default: all)"},
-    "--workers": {"type": int, "default": 0, "help": "processes that read images"},
+    "--workers": {
+        "type": worker_count,
+        "default": 0,
+        "help": "processes that read images, at most one a core",
+    },
 }
 
 
@@ -90,25 +108,74 @@ def make_parser(description: str, *flags: str, **defaults: Any) -> argparse.Argu
     return parser
 
 
-def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], int]:
-    """Make ``main`` return an exit status: bad input is one line and 2, Ctrl-C one line and 130."""
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: from ``kill``, or from a cluster whose time is up."""
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+@contextmanager
+def _orderly() -> Iterator[None]:
+    """SIGTERM becomes an exception; on the way out stdout is emptied and outputs are given up."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    former = signal.signal(signal.SIGTERM, _terminate) if main_thread else None
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
+    try:
+        yield
+    finally:
+        release_outputs()
+        if main_thread:
+            signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+
+
+def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
+    """Make ``main`` return an exit status and say on one line of stderr why it failed.
+
+    Bad input, or a machine that cannot do the work: 2. Ctrl-C: 130. SIGTERM: 143. When nobody reads
+    stdout any more (``| head``): 141, in silence.
+    """
 
     @functools.wraps(main)
-    def wrapped(argv: Sequence[str] | None = None) -> int:
+    def wrapped(argv: list[str] | None = None) -> int:
         try:
-            main(argv)
-        except (ValueError, OSError) as error:
-            if os.environ.get("APM_TRACEBACK"):
-                raise
-            line = " ".join(str(error).split())
-            print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-            return 2
+            with _orderly():
+                main(argv)
+        except BrokenPipeError:
+            # What is left in the buffer has no reader: Python shall not try again at its exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 141
+        except _Terminated:
+            return _say("terminated", 143)
         except KeyboardInterrupt:
-            print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-            return 130
+            return _say("interrupted", 130)
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            if os.environ.get("APM_TRACEBACK") or not (reason := _reason(error)):
+                raise
+            return _say(f"error: {reason}", 2)
         return 0
 
     return wrapped
+
+
+def _reason(error: Exception) -> str | None:
+    """One line about an error that is no fault of the program; else None."""
+    line = " ".join(str(error).split())
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in line:
+        return "out of memory; try smaller --batch-size, --chunk-size, --parallel or --workers"
+    if isinstance(error, RuntimeError):
+        return f"{line}; try --workers 0" if line.startswith("DataLoader worker") else None
+    return line
+
+
+def _say(line: str, status: int) -> int:
+    if sys.stderr is not None:
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    return status
 
 
 def select_device(name: str) -> torch.device:

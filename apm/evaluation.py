@@ -39,7 +39,7 @@ class RowLog:
         record = path.with_suffix(".json")
         text = json.dumps(run, indent=2, sort_keys=True) + "\n"
         if path.exists():
-            if not record.exists() or record.read_text() != text:
+            if not record.is_file() or record.read_bytes() != text.encode():
                 raise ValueError(f"{path}: rows of another run; choose another --output")
             self._recover()
         else:
@@ -54,10 +54,14 @@ class RowLog:
         lines = whole.decode("utf-8", errors="replace").splitlines()
         if not lines or lines[0].split(",") != self.columns:
             raise ValueError(f"{self.path}: not a table of this run; choose another --output")
-        for number, line in enumerate(csv.reader(lines[1:]), start=2):
+        indices: set[int] = set()
+        for number, line in enumerate(lines[1:], start=2):
             try:
-                values = [float(value) for value in line]
+                values = [float(value) for value in line.split(",")]
                 self.rows.append(dict(zip(self.columns, values, strict=True)))
+                if not values[0].is_integer() or values[0] in indices:
+                    raise ValueError(f"index {values[0]:g} is no whole number, or there already")
+                indices.add(int(values[0]))
             except ValueError as error:
                 raise ValueError(f"{self.path}, line {number}: damaged ({error})") from error
         if len(whole) < len(content):
@@ -70,12 +74,12 @@ class RowLog:
 
     def append(self, rows: Iterable[Mapping[str, float]]) -> None:
         """Add rows and see them onto the disk."""
-        rows = [dict(row) for row in rows]
+        added = [dict(row) for row in rows]
         with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns, lineterminator="\n").writerows(rows)
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerows(added)
             file.flush()
             os.fsync(file.fileno())
-        self.rows.extend(rows)
+        self.rows.extend(added)
 
 
 def row_columns(report_at: Sequence[int]) -> list[str]:

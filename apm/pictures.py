@@ -1,8 +1,10 @@
 """Pictures made of pictures: labelled panels, overlays, animations, galleries."""
 
 import html
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -85,7 +87,7 @@ def save_gallery(path: Path, title: str, figures: Sequence[Path], table: str = "
         table: lines of text shown above the figures.
     """
     items = "\n".join(
-        f'<figure><img loading="lazy" src="{html.escape(figure.as_posix())}" alt="">'
+        f'<figure><img loading="lazy" src="{quote(os.fsencode(figure.as_posix()))}" alt="">'
         f"<figcaption>{html.escape(figure.stem)}</figcaption></figure>"
         for figure in figures
     )
@@ -104,4 +106,4 @@ figure {{ margin: 0 0 2rem; }}
 </html>
 """
     with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="replace")

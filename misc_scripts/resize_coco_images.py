@@ -11,25 +11,25 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from apm.cli import OUTPUTS, command, make_parser, positive_int
+from apm.cli import OUTPUTS, Results, command, make_parser, positive_int, select_device
 from apm.data import image_names, load_image
 from apm.files import atomic_path, prepare_output
 from apm.preprocessing import Preprocessing
 
 
-def resize(item: tuple[str, Path], preprocessing: Preprocessing, output: Path) -> str | None:
-    """Write one resized image; return a line about it if the image cannot be read."""
+def resize(item: tuple[str, Path], preprocessing: Preprocessing, output: Path) -> dict[str, str]:
+    """Write one resized image; return path and reason if the image cannot be read."""
     name, path = item
     target = output / f"{name}.jpg"
     if target.exists():
-        return None
+        return {}
     try:
         picture = preprocessing.picture(load_image(path))
-    except ValueError as error:
-        return str(error)
+    except (ValueError, FileNotFoundError) as error:
+        return {str(path): str(error)}
     with atomic_path(target) as temporary:
         picture.save(temporary, quality=95)
-    return None
+    return {}
 
 
 @command
@@ -43,16 +43,18 @@ def main(argv: list[str] | None = None) -> None:
     items = image_names(args.input, args.limit)
     output = prepare_output(args.output)
     work = partial(resize, preprocessing=Preprocessing(image_size=args.image_size), output=output)
+    results = Results(args, select_device("cpu"))
+    skipped: dict[str, str] = {}
     with ThreadPool(max(args.workers, 1)) as pool:
-        problems = list(
-            filter(
-                None,
-                tqdm(pool.imap_unordered(work, items.items(), 16), total=len(items), unit="image"),
-            )
-        )
-    for problem in problems:
-        print(f"skipped {problem}", file=sys.stderr)
-    print(f"{len(items) - len(problems)} images in {output}, {len(problems)} skipped")
+        done = pool.imap_unordered(work, items.items(), 16)
+        for unreadable in tqdm(done, total=len(items), unit="image"):
+            skipped |= unreadable
+    if len(skipped) == len(items):
+        raise ValueError(next(iter(skipped.values())))
+    for reason in skipped.values():
+        print(f"skipped {reason}", file=sys.stderr)
+    results.save(output, images=len(items) - len(skipped), skipped=skipped)
+    print(f"{len(items) - len(skipped)} images in {output}, {len(skipped)} skipped")
 
 
 if __name__ == "__main__":

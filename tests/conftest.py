@@ -28,7 +28,7 @@ def make_model(**changes) -> APM:
     torch.manual_seed(0)
     model = APM(APMConfig(**TINY | changes)).eval()
     for name, parameter in model.named_parameters():
-        if name.endswith("local_null"):
+        if name.endswith(("local_null", "widen.weight")):  # which start at zero
             torch.nn.init.normal_(parameter)
     model.preprocessing = Preprocessing(image_size=56)
     return model
@@ -36,7 +36,7 @@ def make_model(**changes) -> APM:
 
 @pytest.fixture
 def model() -> APM:
-    return make_model(local_sizes=(14, 28))
+    return make_model(local_width=8, local_blocks=(1, 1))
 
 
 @pytest.fixture

@@ -1,0 +1,192 @@
+#!/usr/bin/env bash
+# Download what does not come with the repository:
+#
+#   ./download.sh [checkpoint | coco-val | coco-train | all]...   (default: checkpoint coco-val)
+#
+#   checkpoint   the paper's model_15.pth -> checkpoints/, its data.zip -> data/paper/
+#   coco-val     COCO val2017, 1 GB       -> data/coco/val2017/
+#   coco-train   COCO train2017, 19 GB    -> data/coco/train2017/
+#
+# Run it again after an interruption: it goes on where it stopped, and skips what is there. A file or
+# folder has its final name only when it is whole. COCO publishes no hashes: sizes, checksums inside
+# the archives and the number of images are compared.
+#
+#   APM_DOWNLOAD_BASE   a mirror with model_15.pth, data.zip, val2017.zip and train2017.zip. The
+#                       checkpoint needs it: the address of the paper's server is not known here.
+#   APM_DOWNLOAD_STALL  seconds without data after which a connection is given up (default 30)
+#   PYTHON              interpreter (default: .venv/bin/python, else python3)
+set -euo pipefail
+CDPATH='' cd -- "$(dirname -- "$0")"
+
+COCO=http://images.cocodataset.org/zips
+BASE=${APM_DOWNLOAD_BASE:-}
+STALL=${APM_DOWNLOAD_STALL:-30}
+ATTEMPTS=5
+# Reads tensors only: nothing in the file is run.
+VERIFY_CHECKPOINT='
+import sys, apm
+try:
+    apm.load_model(sys.argv[1])
+except ValueError as error:
+    print("not the paper\x27s checkpoint:", error)
+    sys.exit(2)
+'
+if [[ -z ${PYTHON:-} ]]; then
+    PYTHON=python3
+    [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
+fi
+
+die() {
+    echo "download.sh: $*" >&2
+    exit 1
+}
+
+no_network() {
+    die "no network: $1 cannot be reached; the bundled checkpoints/apm_small.pth works without it"
+}
+
+file_size() {
+    if [[ -f $1 ]]; then wc -c <"$1" | tr -d ' '; else echo 0; fi
+}
+
+call_curl() {
+    curl --fail --location --silent --connect-timeout 20 \
+        --speed-limit 1 --speed-time "$STALL" "$@"
+}
+
+# The size that the server announces, 0 if it does not.
+remote_size() {
+    local status=0 headers
+    headers=$(call_curl --head --max-time 60 "$1") || status=$?
+    case $status in
+        5 | 6 | 7) no_network "$1" ;;
+        0) ;;
+        *) headers='' ;; # not every server answers HEAD: the download will tell
+    esac
+    tr -d '\r' <<<"$headers" | awk 'tolower($1) == "content-length:" {n = $2} END {print n + 0}'
+}
+
+# check_disk BYTES FOLDER WHAT
+check_disk() {
+    local free
+    free=$(df -Pk "$2" | awk 'NR == 2 {print $4}')
+    ((free >= $1 / 1024)) ||
+        die "$3: needs $(($1 / 1048576 + 1)) MB, $PWD/$2 has $((free / 1024)) MB free"
+}
+
+# fetch URL PART COPIES: download into PART, going on where it ends. COPIES is how many times the
+# file's size the disk will have to hold.
+fetch() {
+    local url=$1 part=$2 size attempt status
+    size=$(remote_size "$url")
+    mkdir -p "$(dirname "$part")"
+    check_disk $((size * $3 - $(file_size "$part"))) "$(dirname "$part")" "$url"
+    for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
+        if ((size > 0 && $(file_size "$part") == size)); then return; fi
+        if ((size > 0 && $(file_size "$part") > size)); then rm -f "$part"; fi
+        status=0
+        call_curl --continue-at - --output "$part" "$url" || status=$?
+        case $status in
+            0)
+                if ((size == 0 || $(file_size "$part") == size)); then return; fi
+                rm -f "$part" # not what was announced: nothing to go on from
+                ;;
+            5 | 6 | 7) no_network "$url" ;;
+            22) break ;;               # 404 and its like
+            33) rm -f "$part" ;;       # the server cannot resume
+            23) die "$part: cannot be written" ;;
+        esac
+    done
+    case $status in
+        22) die "$url: refused by the server (not there?)" ;;
+        *) die "$url: could not be downloaded whole in $ATTEMPTS attempts; try again to go on" ;;
+    esac
+}
+
+# verify PART ARGUMENTS: run Python on what was downloaded. Status 2 says that PART is bad, and it is
+# removed; what else fails (a full disk, a signal, no Python) says nothing about it, and it is kept.
+verify() {
+    local part=$1 reason status=0
+    shift
+    reason=$("$PYTHON" "$@" 2>&1) || status=$?
+    reason=${reason##*$'\n'}
+    case $status in
+        0) ;;
+        2)
+            rm -f "$part"
+            die "$(basename "$part" .part): could not be verified, removed ($reason)"
+            ;;
+        *) die "$part: kept, $PYTHON failed with status $status; try again (${reason:-killed?})" ;;
+    esac
+}
+
+# fetch_archive NAME SERVER FOLDER [how to unpack]: download and unpack an archive.
+fetch_archive() {
+    local name=$1 url=${BASE:-$2}/$1 folder=$3 part=data/$1.part
+    shift 3
+    if [[ -d $folder ]]; then
+        echo "$folder: there already"
+        return
+    fi
+    fetch "$url" "$part" 2
+    mkdir -p "$(dirname "$folder")"
+    verify "$part" misc_scripts/unpack_archive.py --input "$part" --output "$folder" "$@"
+    rm -f "$part"
+    echo "$folder: done"
+}
+
+fetch_checkpoint() {
+    local target=checkpoints/model_15.pth part=checkpoints/model_15.pth.part reason
+    [[ -n $BASE ]] || die "checkpoint: the address of the paper's server is not known here, set" \
+        "APM_DOWNLOAD_BASE to a mirror; the bundled checkpoints/apm_small.pth needs no download"
+    if [[ -f $target ]]; then
+        echo "$target: there already"
+    else
+        reason=$("$PYTHON" -c 'import apm' 2>&1) || die "$PYTHON cannot verify the checkpoint" \
+            "(${reason##*$'\n'}): pip install -r requirements.txt"
+        fetch "$BASE/model_15.pth" "$part" 1
+        verify "$part" -c "$VERIFY_CHECKPOINT" "$part"
+        mv "$part" "$target"
+        echo "$target: done"
+    fi
+    fetch_archive data.zip "$BASE" data/paper
+}
+
+fetch_target() {
+    case $1 in
+        checkpoint) fetch_checkpoint ;;
+        coco-val)
+            fetch_archive val2017.zip $COCO data/coco/val2017 --inside val2017 --images 5000
+            ;;
+        coco-train)
+            fetch_archive train2017.zip $COCO data/coco/train2017 --inside train2017 --images 118287
+            ;;
+    esac
+}
+
+main() {
+    local target targets=()
+    for target in "${@:-default}"; do
+        case $target in
+            checkpoint | coco-val | coco-train) targets+=("$target") ;;
+            all) targets+=(coco-val coco-train checkpoint) ;;
+            default) targets+=(coco-val checkpoint) ;;
+            -h | --help)
+                sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]##*/}"
+                return
+                ;;
+            *) die "$target: expected checkpoint, coco-val, coco-train or all (see --help)" ;;
+        esac
+    done
+    command -v curl >/dev/null || die "needs curl"
+    mkdir -p data
+    if command -v flock >/dev/null; then
+        exec 9>data/.download.lock
+        flock -n 9 || die "another download.sh is at work here"
+    fi
+    for target in "${targets[@]}"; do
+        fetch_target "$target"
+    done
+}
+
+main "$@"
