@@ -17,7 +17,8 @@ from apm import APM, load_model
 from apm.cli import OUTPUTS, ROOT, Results, command, make_parser, seed_everything, select_device
 from apm.data import image_names, load_images, load_labels
 from apm.files import prepare_output
-from apm.islands import METHODS, island_colours
+from apm.island_figures import island_row
+from apm.islands import island_colours
 from apm.losses import rgb_targets
 from apm.percept import perceive
 from apm.pictures import heat_map, overlay, panels, save_gallery, save_picture
@@ -32,12 +33,11 @@ def parse(argv: list[str] | None) -> Namespace:
         __doc__,
         *("--checkpoint", "--input", "--output", "--teacher", "--teacher-weights"),
         *("--teacher-block", "--teacher-margin", "--device", "--dtype", "--seed", "--chunk-size"),
-        "--limit",
+        *("--limit", "--method"),
         input=ROOT / "data" / "coco" / "val2017",
         output=OUTPUTS / "visualize_coco",
     )
     add = parser.add_argument
-    add("--method", choices=METHODS, default="tsne", help="how islands are coloured")
     add("--masks", type=Path, help="folder of semantic masks, PNG of class ids named as the images")
     add("--score", action="store_true", help="score islands against --masks, draw nothing")
     args = parser.parse_args(argv)
@@ -48,7 +48,9 @@ def parse(argv: list[str] | None) -> Namespace:
 
 def build_teacher(args: Namespace, model: APM, device: torch.device) -> DenseTeacher | None:
     """The teacher that the flags name; block and margin default to those of the checkpoint."""
-    trained = model.provenance.get("teacher", {})
+    trained = model.provenance.get("teacher")
+    if not isinstance(trained, dict):  # a file may say anything
+        trained = {}
     name = args.teacher or (args.teacher_weights and trained.get("teacher"))
     if not name:
         return None
@@ -84,7 +86,7 @@ def features_of(
         "colour": rgb_targets(pixels, model.config.patch_size).view(side, side, 3).numpy(),
         "position": model.grid_positions().cpu().numpy().reshape(side, side, 2),
     }
-    if args.score and model.config.local_sizes:
+    if args.score and model.config.local_width:
         arrays["column alone"] = perceive(model, image, dtype=args.dtype, local=False).features
     if teacher is not None:
         answers = teacher(pixels.to(teacher.mean.device))[0]
@@ -96,14 +98,7 @@ def draw(arrays: dict[str, np.ndarray], args: Namespace, path: Path) -> None:
     """One picture's figure."""
     names = [name for name in ("student", "teacher") if name in arrays]
     colours = island_colours(np.stack([arrays[name] for name in names]), args.method, args.seed)
-    rows = [
-        {
-            "input": arrays["picture"],
-            "RGB reconstruction": arrays["rgb"],
-            "islands of agreement": colours[0],
-            "islands over input": overlay(arrays["picture"], colours[0]),
-        }
-    ]
+    rows = [island_row(arrays["picture"], colours[0], arrays["rgb"])]
     if "teacher" in arrays:
         student, target = (arrays[name] - arrays["teacher"].mean((0, 1)) for name in names)
         norms = np.linalg.norm(student, axis=-1) * np.linalg.norm(target, axis=-1)
@@ -159,7 +154,8 @@ def main(argv: list[str] | None = None) -> None:
     results = Results(args, device)
     seed_everything(args.seed)
 
-    figures, scored, skipped = [], [], {}
+    figures, scored = [], []
+    skipped: dict[str, str] = {}
     for name, image in load_images(paths, skipped):
         arrays = features_of(image, model, teacher, args)
         if args.score:
@@ -171,11 +167,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.score and not scores:
         raise ValueError(f"{args.masks}: no mask has two classes with 10 locations each")
     results.save(output, images=len(paths) - len(skipped), skipped=skipped, scores=scores)
-    for name, row in scores.items():
-        print(f"{name:13} ARI {row['ari']:.3f}  NMI {row['nmi']:.3f}  ({row['images']} images)")
     if figures:
         save_gallery(output / "index.html", "Islands of agreement", figures)
         print(output / "index.html")
+    if skipped:
+        print(f"{len(paths) - len(skipped)} images, {len(skipped)} skipped")
+    for name, row in scores.items():
+        print(f"{name:13} ARI {row['ari']:.3f}  NMI {row['nmi']:.3f}  ({row['images']} images)")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,14 @@ state dicts, of which the positional encoding, the config and the preprocessing 
 """
 
 import dataclasses
+import io
 import os
+import pickletools
+import re
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +23,13 @@ from apm.preprocessing import Preprocessing
 
 FORMAT = "apm-checkpoint"
 
+# What tensors and plain values are pickled with. torch's own list is longer and has functions whose
+# result can be larger than any file (bytearray, encode).
+_NEEDED_GLOBALS = re.compile(
+    r"collections OrderedDict|torch Size|torch\._utils _rebuild_(tensor_v2|parameter)|"
+    r"torch \w+Storage|torch\.storage (Typed|Untyped)Storage|torch b?float\d*"
+)
+
 # The released COCO model saw BGR images stretched to a square and scaled to their own range, and
 # learnt from tokens cut five places too early (CLS and four registers first).
 RELEASED_COCO = Preprocessing(fit="stretch", channels="BGR", scaling="min-max", token_offset=5)
@@ -25,7 +37,7 @@ RELEASED_TTA = Preprocessing(fit="stretch", scaling="imagenet")
 
 
 def save_model(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     model: APM,
     provenance: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
@@ -44,11 +56,20 @@ def save_model(
         "provenance": model.provenance if provenance is None else provenance,
         "weights": {name: tensor.to("cpu", dtype) for name, tensor in model.state_dict().items()},
     }
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+    save_tensors(path, content)
 
 
-def load_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> APM:
+def save_tensors(path: str | os.PathLike[str], content: Any) -> None:
+    """Write tensors and plain values, for ``load_tensors``, atomically.
+
+    Raises:
+        OSError: if they cannot be written, for example onto a full disk.
+    """
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)  # a file object: torch's own writer hides what went wrong
+
+
+def load_model(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> APM:
     """Load this project's checkpoints and both released formats, in float32 and eval mode.
 
     ``model.preprocessing`` turns pictures into what the checkpoint was trained on.
@@ -59,15 +80,17 @@ def load_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> A
     """
     content = load_tensors(path)
     try:
-        model = _build(content)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        model = _build(content, Path(path).stat().st_size)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        reason = " ".join(str(error)[:1000].split())[:300]
         raise ValueError(f"{path}: not a checkpoint of this model ({reason})") from error
     return model.to(device).eval()
 
 
-def load_tensors(path: str | os.PathLike) -> Any:
+def load_tensors(path: str | os.PathLike[str]) -> Any:
     """Read a file of tensors and plain values without running anything in it, onto the CPU.
+
+    The memory it takes is bounded by the size of the file.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -77,6 +100,8 @@ def load_tensors(path: str | os.PathLike) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
+        for pickled in _pickles(path):
+            _refuse_functions(pickled)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever the bytes provoke
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -85,7 +110,34 @@ def load_tensors(path: str | os.PathLike) -> Any:
         ) from error
 
 
-def _build(content: Any) -> APM:
+def _pickles(path: Path) -> Iterator[IO[bytes]]:
+    """What torch.load would unpickle: members of a zip archive, or five in a row.
+
+    Raises:
+        ValueError: if the archive is larger unpacked than packed; torch does not compress.
+    """
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            yield from [file] * 5
+            return
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            if sum(member.file_size for member in members) > path.stat().st_size:
+                raise ValueError("it would unpack to more than its size")
+            for member in members:
+                if member.filename.endswith(".pkl"):
+                    yield io.BytesIO(archive.read(member))
+
+
+def _refuse_functions(pickled: IO[bytes]) -> None:
+    for opcode, argument, _ in pickletools.genops(pickled):
+        names_one = opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL")
+        if names_one and not _NEEDED_GLOBALS.fullmatch(str(argument)):
+            raise ValueError(f"it asks for {str(argument)[:80]!r}, not for tensors alone")
+
+
+def _build(content: Any, size: int) -> APM:
+    """The model of a checkpoint whose file has ``size`` bytes."""
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, expected a dictionary")
     provenance: dict[str, Any] = {}
@@ -101,6 +153,17 @@ def _build(content: Any) -> APM:
         weights = from_released(content)
     else:
         raise ValueError("neither this project's format nor the released keys (fc1.weight, ...)")
+    if not isinstance(provenance, dict):
+        raise ValueError(f"provenance is a {type(provenance).__name__}, expected a dictionary")
+    if preprocessing.image_size != config.image_size:
+        raise ValueError(
+            f"preprocessing for {preprocessing.image_size} px, model for {config.image_size} px"
+        )
+    _check_weights(weights, size)
+    layers = len(config.trunk_widths) + len(config.rgb_widths)
+    layers += sum(config.local_blocks) if config.local_width else 0
+    if layers > len(weights):
+        raise ValueError(f"a model of {layers} layers, but {len(weights)} weights")
     with torch.device("meta"):
         model = APM(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -118,6 +181,20 @@ def _build(content: Any) -> APM:
         parameter.requires_grad_(True)
     model.preprocessing, model.provenance = preprocessing, provenance
     return model
+
+
+def _check_weights(weights: dict[str, Tensor], size: int) -> None:
+    """Refuse what is no weight, and views that are larger than the file they came from."""
+    for name, tensor in weights.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise ValueError(f"{name} is no tensor of floating-point numbers")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise ValueError(f"{name} is a {tensor.layout} tensor on {tensor.device}")
+    if sum(tensor.numel() * tensor.element_size() for tensor in weights.values()) > size:
+        raise ValueError("its weights are larger than the file")
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite")
 
 
 def from_released(state: dict[str, Tensor]) -> dict[str, Tensor]:

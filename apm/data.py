@@ -1,12 +1,12 @@
 """Image files in; pairs of images and teacher features out."""
 
-import json
 import os
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from apm.files import atomic_path
 from apm.preprocessing import Preprocessing, to_pixels
+
+if TYPE_CHECKING:
+    from apm.store import FeatureStore, NpyStore
 
 IMAGE_SUFFIXES = frozenset(
     suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
@@ -35,21 +37,20 @@ def load_image(path: str | Path) -> Image.Image:
         ValueError: if the file cannot be read as an image.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            # Large photographs are welcome; twice the size raises DecompressionBombError.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return _to_rgb(ImageOps.exif_transpose(image))
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        Image.DecompressionBombError,
-    ) as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+        if not path.is_file():  # reading a pipe would wait for ever
+            raise ValueError("a folder" if path.is_dir() else "a broken link or no regular file")
+        with warnings.catch_warnings():
+            # Large photographs are welcome; twice the size raises DecompressionBombError. Damaged
+            # EXIF data is no reason to complain of a picture.
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # decoders raise whatever the bytes provoke
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: cannot be read as an image ({reason})") from error
 
 
 def load_images(
@@ -65,7 +66,7 @@ def load_images(
     for name, path in tqdm(paths.items(), unit="image", disable=len(paths) == 1):
         try:
             image = load_image(path)
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:  # it may have gone since it was listed
             skipped[str(path)] = str(error)
             if len(paths) > 1:
                 tqdm.write(f"skipped {error}", file=sys.stderr)
@@ -90,13 +91,13 @@ def load_labels(path: str | Path) -> Image.Image:
             if len(image.getbands()) != 1:
                 raise ValueError(f"mode {image.mode}, expected one channel of class ids")
             return image.convert("I") if image.mode.startswith("I") else image
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except Exception as error:  # as in load_image
         raise ValueError(f"{path}: cannot be read as a mask ({error})") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image, np.float32)
+        values: np.ndarray = np.asarray(image, np.float32)
         if values.max() > 255:  # 16 bits
             values = values / 257
         elif image.mode == "F" and values.max() <= 1:
@@ -112,14 +113,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def find_images(source: str | Path, limit: int | None = None) -> list[Path]:
     """The image files named by ``source``: one file, or every image below a folder, sorted.
 
+    Hidden files and folders are left out: thumbnails, and what a killed run left half-written.
+
     Raises:
         FileNotFoundError: if ``source`` does not exist or a folder holds no image.
     """
     source = Path(source)
-    if source.is_file():
-        return [source]
     if not source.is_dir():
-        raise FileNotFoundError(f"{source}: no such file or folder")
+        if not os.path.lexists(source):
+            raise FileNotFoundError(f"{source}: no such file or folder")
+        return [source]
     paths = sorted(path for path in _walk(source) if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise FileNotFoundError(f"{source}: no image in this folder")
@@ -131,8 +134,12 @@ def _walk(folder: Path) -> Iterator[Path]:
     seen = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         seen.add(os.path.realpath(parent))
-        folders[:] = [f for f in folders if os.path.realpath(Path(parent, f)) not in seen]
-        yield from (Path(parent, file) for file in files)
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and os.path.realpath(Path(parent, name)) not in seen
+        ]
+        yield from (Path(parent, name) for name in files if not name.startswith("."))
 
 
 def image_names(source: str | Path, limit: int | None = None) -> dict[str, Path]:
@@ -145,7 +152,7 @@ def image_names(source: str | Path, limit: int | None = None) -> dict[str, Path]
         FileNotFoundError: as ``find_images``.
     """
     source, paths = Path(source), find_images(source, limit)
-    folder = source.parent if source.is_file() else source
+    folder = source if source.is_dir() else source.parent
     whole = [path.relative_to(folder) for path in paths]
     stems = Counter(str(path.with_suffix("")) for path in whole)
     names = [
@@ -154,62 +161,12 @@ def image_names(source: str | Path, limit: int | None = None) -> dict[str, Path]
     return {str(name): path for name, path in zip(names, paths, strict=True)}
 
 
-class FeatureStore:
-    """Teacher features in the released layout: one ``.npy`` of ``(N, F)`` for each image.
-
-    ``store.json`` beside them says how they were made.
-
-    Attributes:
-        meta: the content of ``store.json``; at least ``grid_size`` and ``feature_dim``.
-    """
-
-    META = "store.json"
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        path = self.folder / self.META
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: not found; make features with 1_extract_coco_features.py"
-            )
-        self.meta = json.loads(path.read_text())
-
-    @classmethod
-    def create(cls, folder: Path, meta: dict) -> "FeatureStore":
-        """Start a store, or go on with one that was made in the same way.
-
-        Raises:
-            ValueError: if the folder holds features made in another way.
-        """
-        path = folder / cls.META
-        if path.is_file():
-            present = json.loads(path.read_text())
-            for key, value in meta.items():
-                if present.get(key) != value:
-                    raise ValueError(
-                        f"{folder}: holds features with {key} {present.get(key)!r}, not {value!r}; "
-                        "choose another --output"
-                    )
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(meta, indent=2) + "\n")
-        return cls(folder)
-
-    def path(self, name: str) -> Path:
-        """Where the features of the image ``name`` (a relative path without suffix) lie."""
-        return self.folder / f"{name}.npy"
-
-    def write(self, name: str, features: Tensor) -> None:
-        """Store ``(N, F)`` features as float16."""
-        with atomic_path(self.path(name)) as temporary:
-            np.save(temporary, features.cpu().numpy().astype(np.float16))
-
-    def read(self, name: str) -> Tensor:
-        """``(N, F)`` float32."""
-        return torch.from_numpy(np.load(self.path(name), allow_pickle=False)).float()
-
-
 class PictureDataset(Dataset):
-    """Images for a teacher: ``(3, H, W)`` uint8, cut and resized by ``preprocessing``."""
+    """Images for a teacher, cut and resized by ``preprocessing``.
+
+    An item is ``(3, H, W)`` uint8 RGB and an empty string; for an image that cannot be read, black
+    and the reason.
+    """
 
     def __init__(self, paths: Iterable[Path], preprocessing: Preprocessing) -> None:
         self.paths = list(paths)
@@ -218,66 +175,77 @@ class PictureDataset(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return to_pixels(self.preprocessing.picture(load_image(self.paths[index])))
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        try:
+            return to_pixels(self.preprocessing.picture(load_image(self.paths[index]))), ""
+        except (ValueError, FileNotFoundError) as error:
+            side = self.preprocessing.image_size
+            return torch.zeros(3, side, side, dtype=torch.uint8), str(error)
 
 
 class DistillationDataset(Dataset):
     """Images with their teacher features, cropped and flipped alike.
 
-    An item is the image ``(3, H, W)`` uint8 RGB and its features ``(N, F)`` float32, row by row.
-    With ``augment``, half of the pictures are cropped to a random square of at least half the side
-    and resized to the full size, and half are flipped; the features are sampled at the crop's
+    An item is the image ``(3, H, W)`` uint8 RGB and its features ``(N, F)`` float16, row by row;
+    without a store the features are empty, for the teacher to make from the image. With
+    ``augment``, half of the pictures are cropped to a random square of at least half the side and
+    resized to the full size, and half are flipped; the features are sampled at the crop's
     locations. The crop is a function of seed, ``epoch`` and index.
     """
 
     def __init__(
         self,
-        images: Iterable[Path],
-        names: Iterable[str],
-        store: FeatureStore,
+        images: Mapping[str, Path],
+        preprocessing: Preprocessing,
+        store: "FeatureStore | NpyStore | None" = None,
         augment: bool = False,
         seed: int = 0,
     ) -> None:
-        self.images, self.names = list(images), list(names)
-        self.store, self.augment, self.seed = store, augment, seed
-        self.epoch = 0
+        self.names, self.paths = list(images), list(images.values())
+        self.preprocessing, self.store = preprocessing, store
+        self.augment, self.seed, self.epoch = augment, seed, 0
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        picture = load_image(self.images[index])
-        features = self.store.read(self.names[index])
+        picture = self.preprocessing.picture(load_image(self.paths[index]))
+        features = self.store.read(self.names[index]) if self.store else torch.empty(0)
         if not self.augment:
-            return to_pixels(picture), features
+            return to_pixels(picture), features.half()
         random = np.random.default_rng((self.seed, self.epoch, index))
         side = min(random.uniform(0.5, 1.5), 1)  # of the crop, as a share of the picture's
         left, top = random.uniform(0, 1 - side, size=2)
+        flip = random.random() < 0.5
         box = picture.width * np.array([left, top, left + side, top + side])
-        picture = picture.resize(picture.size, Image.Resampling.BILINEAR, box=tuple(box))
-        image, features = to_pixels(picture), crop_features(features, left, top, side)
-        if random.random() < 0.5:
-            grid = features.unflatten(0, (self.store.meta["grid_size"], -1))
-            image, features = image.flip(-1), grid.flip(1).flatten(0, 1)
-        return image, features
+        image = to_pixels(picture.resize(picture.size, Image.Resampling.BILINEAR, box=tuple(box)))
+        if self.store:
+            features = crop_features(features, left, top, side, flip)
+        return image.flip(-1) if flip else image, features.half()
 
 
-def crop_features(features: Tensor, left: float, top: float, side: float) -> Tensor:
+def crop_features(
+    features: Tensor, left: float, top: float, side: float, flip: bool = False
+) -> Tensor:
     """Features of a square crop, from those of the whole picture by bilinear sampling.
 
     Args:
         features: ``(N, F)`` on a square grid, row by row.
         left, top, side: the crop, as shares of the picture's side.
+        flip: whether the crop is mirrored, left to right.
 
     Returns:
         ``(N, F)``: the crop's own grid.
     """
     grid_size = round(len(features) ** 0.5)
     theta = torch.tensor(
-        [[side, 0, 2 * left + side - 1], [0, side, 2 * top + side - 1]], dtype=torch.float32
+        [
+            [-side if flip else side, 0, 2 * left + side - 1],
+            [0, side, 2 * top + side - 1],
+        ],
+        dtype=torch.float32,
     )
-    grid = F.affine_grid(theta[None], (1, 1, grid_size, grid_size), align_corners=False)
+    grid = F.affine_grid(theta[None], [1, 1, grid_size, grid_size], align_corners=False)
     maps = features.T.reshape(1, -1, grid_size, grid_size)
     cropped = F.grid_sample(maps, grid, padding_mode="border", align_corners=False)
     return cropped[0].flatten(1).T

@@ -7,6 +7,7 @@ Answer:  a shared MLP turns each query into a feature and a colour, each locatio
 
 import math
 from dataclasses import dataclass
+from reprlib import repr  # a bounded one: values may come from a stranger's file
 from typing import Any
 
 import torch
@@ -32,9 +33,9 @@ class APMConfig:
         position_dim: width of the positional encoding, divisible by 4.
         pooling: how ``pool`` summarises the locations: ``None``, ``"attention"`` or ``"mean"``.
         pool_heads: heads of the attention pooling.
-        local_sizes: sides of the square neighbourhoods that make the local patch ``I_xy`` of
-            Figure 1, each ``patch_size`` times a divisor of ``image_size`` and shown to the MLP
-            at a resolution of ``patch_size x patch_size``. Empty: no local patch, as released.
+        local_width: width of the embedded local patch ``I_xy`` of Figure 1; 0: none, as released.
+        local_blocks: how far a location sees around its patch: residual blocks at half a patch
+            and at a patch, each of which adds one such step on every side.
     """
 
     image_size: int = 448
@@ -45,16 +46,20 @@ class APMConfig:
     position_dim: int = 1024
     pooling: str | None = None
     pool_heads: int = 8
-    local_sizes: tuple[int, ...] = ()
+    local_width: int = 0
+    local_blocks: tuple[int, int] = (2, 8)
 
     def __post_init__(self) -> None:
         # Checkpoints come from files, where tuples arrive as lists.
-        for name in ("trunk_widths", "rgb_widths", "local_sizes"):
+        for name in ("trunk_widths", "rgb_widths", "local_blocks"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        widths = (self.image_size, self.patch_size, self.feature_dim, self.position_dim)
-        widths += self.trunk_widths + self.rgb_widths + self.local_sizes
-        if not all(isinstance(width, int) and width > 0 for width in widths):
-            raise ValueError(f"sizes and widths must be positive whole numbers, got {self}")
+        widths = [self.image_size, self.patch_size, self.feature_dim, self.position_dim]
+        widths += [self.pool_heads, *self.trunk_widths, *self.rgb_widths]
+        for width in widths:
+            if not isinstance(width, int) or width < 1:
+                raise ValueError(
+                    f"sizes and widths must be positive whole numbers, not {repr(width)}"
+                )
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}"
@@ -64,17 +69,22 @@ class APMConfig:
         if self.position_dim % 4:
             raise ValueError(f"position_dim {self.position_dim} must be divisible by 4")
         if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling {self.pooling!r} must be one of {POOLINGS}")
+            raise ValueError(f"pooling {repr(self.pooling)} must be one of {POOLINGS}")
         if self.pooling == "attention" and self.feature_dim % self.pool_heads:
             raise ValueError(
                 f"feature_dim {self.feature_dim} must be a multiple of pool_heads {self.pool_heads}"
             )
-        for size in self.local_sizes:
-            if size % self.patch_size or self.image_size % (size // self.patch_size):
-                raise ValueError(
-                    f"local size {size} must be patch_size {self.patch_size} times a divisor of "
-                    f"image_size {self.image_size}"
-                )
+        counts = (self.local_width, *self.local_blocks)
+        if len(counts) != 3 or not all(isinstance(n, int) and n >= 0 for n in counts):
+            raise ValueError(
+                "local_width and two local_blocks must be whole numbers of at least 0, not "
+                f"{repr(counts)}"
+            )
+        if self.local_width % 4 or (self.local_width and self.patch_size % 2):
+            raise ValueError(
+                f"a local patch needs an even patch_size and a local_width divisible by 4, got "
+                f"{self.patch_size} and {self.local_width}"
+            )
 
     @property
     def grid_size(self) -> int:
@@ -87,9 +97,10 @@ class APMConfig:
         return self.grid_size**2
 
     @property
-    def local_dim(self) -> int:
-        """Width of the local patch I_xy; 0 without one."""
-        return len(self.local_sizes) * 3 * self.patch_size**2
+    def local_size(self) -> int:
+        """Side in pixels of the neighbourhood that a location sees as its local patch."""
+        fine, coarse = self.local_blocks
+        return self.patch_size * (1 + fine + 2 * coarse) if self.local_width else 0
 
     @classmethod
     def coco(cls) -> "APMConfig":
@@ -103,49 +114,65 @@ class APMConfig:
 
     @classmethod
     def small(cls, feature_dim: int = 192) -> "APMConfig":
-        """The bundled checkpoint's model: with the local patch, 5.6 M parameters."""
+        """The bundled checkpoint's model: with the local patch, 5.3 M parameters."""
         return cls(
-            trunk_widths=(1024, 768, 768, 512),
+            trunk_widths=(768, 512, 512),
             feature_dim=feature_dim,
-            rgb_widths=(192, 192),
+            rgb_widths=(1280, 128),
             position_dim=256,
-            local_sizes=(14, 56, 224),
+            local_width=192,
         )
 
 
-def local_patches(
-    images: Tensor, positions: Tensor, sizes: tuple[int, ...], patch_size: int
-) -> Tensor:
-    """The neighbourhoods of each location, the wider the coarser: ``I_xy`` of Figure 1.
+class LocalPatch(nn.Module):
+    """Embeds the neighbourhood of every location: ``I_xy`` of Figure 1.
 
-    A neighbourhood of side ``size`` is centred on the location's patch and seen as
-    ``patch_size x patch_size`` cells, sampled bilinearly from the image averaged down to cells of
-    that size. Beyond the border the outermost cells repeat.
-
-    Args:
-        images: ``(B, 3, H, H)`` float.
-        positions: ``(N, 2)`` float, (row, column) in grid units.
-
-    Returns:
-        ``(B, N, len(sizes) * 3 * patch_size**2)``.
+    Each location has the pixels around its patch run through one small network, always the same.
+    Neighbours share most of the work, which makes the network a convolution: first over half
+    patches, then over patches. Nothing further away than ``config.local_size`` says is seen.
     """
-    batch, _, side, _ = images.shape
-    centres = patch_size * (positions.float() + 0.5)  # (N, 2) in pixels
-    offsets = torch.arange(patch_size, device=images.device) - (patch_size - 1) / 2
-    patches = []
-    for size in sizes:
-        cell = size // patch_size
-        y, x = (centres[:, :, None] + cell * offsets).unbind(dim=1)  # (N, P) each, in pixels
-        grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)
-        grid = (2 * grid / side - 1).view(1, -1, patch_size, 2)  # (1, N*P, P, 2) in [-1, 1]
-        cells = F.grid_sample(
-            F.avg_pool2d(images, cell),
-            grid.expand(batch, -1, -1, -1),
-            padding_mode="border",
-            align_corners=False,
-        )  # (B, 3, N*P, P)
-        patches.append(cells.view(batch, 3, -1, patch_size**2).transpose(1, 2).flatten(2))
-    return torch.cat(patches, dim=-1)
+
+    def __init__(self, config: APMConfig) -> None:
+        super().__init__()
+        width, half = config.local_width, config.patch_size // 2
+        fine, coarse = config.local_blocks
+        self.half_patches = nn.Conv2d(3, width // 2, half, stride=half)
+        self.fine = nn.Sequential(*(ResidualBlock(width // 2) for _ in range(fine)))
+        self.patches = nn.Conv2d(width // 2, width, 2, stride=2)
+        self.coarse = nn.Sequential(*(ResidualBlock(width) for _ in range(coarse)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, H)`` -> ``(B, local_width, h, h)``, one embedding a grid point."""
+        x = self.fine(self.half_patches(images))  # (B, local_width / 2, 2h, 2h)
+        return self.coarse(self.patches(x))
+
+
+class ResidualBlock(nn.Module):
+    """``x + f(x)``, f a bottleneck that mixes 3x3 neighbours; starts as the identity."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.narrow = nn.Conv2d(width, width // 2, 1)
+        self.mix = nn.Conv2d(width // 2, width // 2, 3, padding=1)
+        self.widen = nn.Conv2d(width // 2, width, 1)
+        for parameter in self.widen.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, width, h, w)`` -> the same."""
+        return x + self.widen(F.relu_(self.mix(F.relu_(self.narrow(F.relu(x))))))
+
+
+def sample(maps: Tensor, positions: Tensor) -> Tensor:
+    """Values of ``(B, C, h, w)`` maps at ``(N, 2)`` (row, column) places, bilinear: ``(B, N, C)``.
+
+    Beyond the outermost grid points their values go on.
+    """
+    sides = torch.tensor(maps.shape[-2:], device=positions.device)
+    grid = (2 * positions + 1) / sides - 1  # [-1, 1] from border to border
+    grid = grid.flip(-1).expand(len(maps), 1, -1, 2)
+    values = F.grid_sample(maps.float(), grid, padding_mode="border", align_corners=False)
+    return values[:, :, 0].transpose(1, 2).to(maps.dtype)
 
 
 class QueryLinear(nn.Module):
@@ -158,12 +185,12 @@ class QueryLinear(nn.Module):
 
     def __init__(self, config: APMConfig, out_features: int, feature_dim: int = 0) -> None:
         super().__init__()
-        fan_in = feature_dim + config.column_dim + config.local_dim + config.position_dim
+        fan_in = feature_dim + config.column_dim + config.local_width + config.position_dim
         self.feature = _bias_free(feature_dim, out_features)
         self.column = nn.Linear(config.column_dim, out_features)
-        self.local = _bias_free(config.local_dim, out_features)
+        self.local = _bias_free(config.local_width, out_features)
         # Stands in for W_l I_xy where no image is at hand.
-        self.local_null = nn.Parameter(torch.zeros(out_features)) if config.local_dim else None
+        self.local_null = nn.Parameter(torch.zeros(out_features)) if config.local_width else None
         self.position = nn.Linear(config.position_dim, out_features, bias=False)
         bound = 1 / math.sqrt(fan_in)  # nn.Linear's own initialisation, of the whole layer
         for name, parameter in self.named_parameters():
@@ -258,6 +285,7 @@ class APM(nn.Module):
         self.provenance: dict[str, Any] = {}
         widths = config.trunk_widths
         self.fold = nn.Conv2d(3, 1, config.patch_size, stride=config.patch_size)
+        self.local_patch = LocalPatch(config) if config.local_width else None
         self.trunk_first = QueryLinear(config, widths[0])
         self.trunk = nn.ModuleList(map(nn.Linear, widths[:-1], widths[1:]))
         self.feature_head = nn.Linear(widths[-1], config.feature_dim)
@@ -325,15 +353,17 @@ class APM(nn.Module):
         if positions is None:
             positions = self.grid_positions()
         chunks = positions.split(chunk_size or max(len(positions), 1))
-        features, rgb = zip(*(self._answer(column, chunk, images) for chunk in chunks), strict=True)
+        local_maps = self.local_maps(images)
+        answers = (self._answer(column, chunk, local_maps) for chunk in chunks)
+        features, rgb = zip(*answers, strict=True)
         if len(chunks) == 1:
             return features[0], rgb[0]
         return torch.cat(features, dim=1), torch.cat(rgb, dim=1)
 
     def _answer(
-        self, column: Tensor, positions: Tensor, images: Tensor | None
+        self, column: Tensor, positions: Tensor, local_maps: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        local = self.local_patches(images, positions)  # (B, N, L) or None
+        local = None if local_maps is None else sample(local_maps, positions)  # (B, N, L)
         features = self.feature_head(self.hidden(column, positions, local))  # (B, N, F)
         x = F.relu_(self.rgb_first(column, positions, local, features))  # (B, N, rgb_widths[0])
         for layer in self.rgb_head:
@@ -347,11 +377,11 @@ class APM(nn.Module):
             x = F.relu_(layer(x))
         return x
 
-    def local_patches(self, images: Tensor | None, positions: Tensor) -> Tensor | None:
-        """``I_xy`` at each position, ``(B, N, L)``; None for models or calls without it."""
-        if images is None or not self.config.local_sizes:
+    def local_maps(self, images: Tensor | None) -> Tensor | None:
+        """``I_xy`` on the grid, ``(B, L, h, h)``; None for models or calls without it."""
+        if images is None or self.local_patch is None:
             return None
-        return local_patches(images, positions, self.config.local_sizes, self.config.patch_size)
+        return self.local_patch(images)
 
     def pool(self, features: Tensor, positions: Tensor | None = None) -> Tensor:
         """Summarise the locations: ``(B, N, F)`` -> ``(B, F)``.
@@ -372,7 +402,9 @@ class APM(nn.Module):
             ValueError: if the model has no pooled head.
         """
         positions = self.grid_positions()
-        hidden = self.hidden(column, positions, self.local_patches(images, positions))
+        local_maps = self.local_maps(images)
+        local = None if local_maps is None else sample(local_maps, positions)
+        hidden = self.hidden(column, positions, local)
         return self._pool(hidden, positions, self.feature_head)
 
     def _pool(self, inputs: Tensor, positions: Tensor, head: nn.Linear | None = None) -> Tensor:

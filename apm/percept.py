@@ -1,5 +1,6 @@
 """What a model makes of one picture, as arrays ready to show, save and score."""
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,19 +12,30 @@ from apm.cli import precision
 from apm.model import APM
 from apm.preprocessing import to_pixels
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
-class Percept:
-    """A picture and the model's answers on its ``h x w`` grid.
+class View:
+    """A picture and what a transformer or a student makes of it on an ``h x w`` grid.
 
     Attributes:
         picture: ``(H, W, 3)`` uint8 RGB, as the model saw it.
         features: ``(h, w, F)`` float32.
-        rgb: ``(h, w, 3)`` float32 in [0, 1].
     """
 
     picture: np.ndarray
     features: np.ndarray
+
+
+@dataclass(frozen=True)
+class Percept(View):
+    """A student's view, with the colours it answers.
+
+    Attributes:
+        rgb: ``(h, w, 3)`` float32 in [0, 1].
+    """
+
     rgb: np.ndarray
 
 
@@ -47,12 +59,26 @@ def perceive(
     images = model.preprocessing.normalise(to_pixels(picture))[None]
     images = images.to(model.fold.weight.device)
     with precision(images.device, dtype):
-        answers = model.query(
-            model.encode(images), chunk_size=chunk_size, images=images if local else None
-        )
+        column = model.encode(images)
+        answers = query_in_memory(model, column, chunk_size, images if local else None)
     features, rgb = (as_grid(answer[0], model) for answer in answers)
-    features = undo_token_offset(features, model.preprocessing.token_offset)
-    return Percept(np.asarray(picture), features, model.preprocessing.to_rgb(rgb).numpy())
+    tokens = undo_token_offset(features, model.preprocessing.token_offset)
+    return Percept(np.asarray(picture), tokens, model.preprocessing.to_rgb(rgb).numpy())
+
+
+def query_in_memory(
+    model: APM, column: Tensor, chunk_size: int | None = None, images: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``model.query`` of the whole grid, in ever smaller chunks while the device has no memory."""
+    chunk_size = chunk_size or model.config.column_dim
+    while True:
+        try:
+            return model.query(column, chunk_size=chunk_size, images=images)
+        except (torch.OutOfMemoryError, MemoryError):
+            if chunk_size == 1:
+                raise
+        chunk_size //= 2  # outside the handler: what the exception refers to is free again
+        logger.warning("out of memory, answering %d locations at a time", chunk_size)
 
 
 def as_grid(answers: Tensor, model: APM) -> Tensor:

@@ -2,8 +2,10 @@
 
 import difflib
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import timm.data
@@ -12,6 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
+
+from apm.files import cache_home
 
 DEFAULT_TEACHER = "vit_large_patch14_reg4_dinov2.lvd142m"
 
@@ -27,6 +31,9 @@ class DenseTeacher(nn.Module):
         feature_dim: width of the patch tokens.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self, vit: VisionTransformer, *, grid_size: int = 32, block: int = -1, margin: int = 0
     ) -> None:
@@ -34,12 +41,13 @@ class DenseTeacher(nn.Module):
         blocks = len(vit.blocks)
         if not -blocks <= block < blocks:
             raise ValueError(f"teacher block {block} must be in {-blocks}..{blocks - 1}")
-        self.vit = vit.eval().requires_grad_(False)
+        self.vit: Any = vit.eval().requires_grad_(False)
         self.grid_size, self.margin = grid_size, margin
         self.block = block % blocks
         self.feature_dim = vit.num_features
-        self.register_buffer("mean", _as_image(vit.pretrained_cfg["mean"]), persistent=False)
-        self.register_buffer("std", _as_image(vit.pretrained_cfg["std"]), persistent=False)
+        config = timm.data.resolve_model_data_config(vit)
+        self.register_buffer("mean", _as_image(config["mean"]), persistent=False)
+        self.register_buffer("std", _as_image(config["std"]), persistent=False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -93,6 +101,8 @@ def load_dense_teacher(
     """
     if not timm.is_model(name.split(".")[0]):
         raise ValueError(f"teacher {name!r} is not a model of timm {timm.__version__}")
+    if not 0 <= margin < grid_size:
+        raise ValueError(f"teacher margin {margin} must be in 0..{grid_size - 1}")
     image_size = (grid_size + 2 * margin) * _patch_size(name)
     vit = _create_timm(name, pretrained=weights is None, img_size=image_size)
     if weights is not None:
@@ -100,7 +110,7 @@ def load_dense_teacher(
     return DenseTeacher(vit, grid_size=grid_size, block=block, margin=margin)
 
 
-def _create_timm(name: str, pretrained: bool, **settings: int) -> nn.Module:
+def _create_timm(name: str, pretrained: bool, **settings: Any) -> Any:
     try:
         return timm.create_model(name, pretrained=pretrained, **settings)
     except Exception as error:  # timm's hub clients raise a dozen unrelated types
@@ -141,9 +151,13 @@ class ClipTeacher(nn.Module):
         preprocess: PIL image -> ``(3, h, h)``, as this CLIP wants it.
     """
 
+    clip: Any  # the clip package's or OpenCLIP's
+    preprocess: Callable[[Image.Image], Tensor]
+    tokenize: Callable[[list[str]], Tensor]
+
     def __init__(
         self,
-        clip: nn.Module,
+        clip: Any,
         preprocess: Callable[[Image.Image], Tensor],
         tokenize: Callable[[list[str]], Tensor],
     ) -> None:
@@ -178,6 +192,9 @@ class ClassifierTeacher(nn.Module):
     Attributes:
         preprocess: PIL image -> ``(3, h, h)``, as this classifier wants it.
     """
+
+    classifier: Any  # of timm
+    preprocess: Callable[[Image.Image], Tensor]
 
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
@@ -232,7 +249,9 @@ def load_token_teacher(name: str, weights: str | Path | None = None) -> TokenTea
 
 
 def _load_clip(name: str) -> ClipTeacher:
-    import clip  # with its tokenizer a second; dense teachers do without
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pkg_resources
+        import clip  # with its tokenizer a second; dense teachers do without
 
     if name not in clip.available_models() and not Path(name).is_file():
         raise ValueError(
@@ -240,7 +259,10 @@ def _load_clip(name: str) -> ClipTeacher:
             f"({', '.join(clip.available_models())})"
         )
     try:
-        model, preprocess = clip.load(name, device="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it tries torch.jit.load first, which is deprecated
+            cache = str(cache_home() / "clip")
+            model, preprocess = clip.load(name, device="cpu", download_root=cache)
     except Exception as error:  # downloads and untrusted files fail in many ways
         raise ValueError(f"teacher {name!r}: {_first_line(error)}") from error
     return ClipTeacher(model, preprocess, functools.partial(clip.tokenize, truncate=True))
@@ -274,12 +296,13 @@ def _load_classifier(name: str, weights: str | Path | None) -> ClassifierTeacher
 @functools.cache
 def _imagenet_indices() -> dict[str, int]:
     info = timm.data.ImageNetInfo()
+    names = [info.index_to_description(i).lower().split(", ") for i in range(info.num_classes())]
     indices: dict[str, int] = {}
-    for index in reversed(range(info.num_classes())):  # of two classes of a name the first wins
-        indices[info.index_to_label_name(index)] = index
-        for name in info.index_to_description(index).split(", "):
-            indices[name.lower()] = index
-    return indices
+    # A name is the class's whose first name it is; of two such classes the first one's.
+    for synonyms in (slice(1, None), slice(1)):
+        for index in reversed(range(len(names))):
+            indices.update(dict.fromkeys(names[index][synonyms], index))
+    return indices | {info.index_to_label_name(i): i for i in range(len(names))}
 
 
 def imagenet_index(name: str) -> int:

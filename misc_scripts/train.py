@@ -1,22 +1,23 @@
 """Train an APM on a teacher's dense features (paper, section 3): feature loss + RGB loss.
 
 Defaults are the paper's: Adam, learning rate 1e-4, batches of 64, mean squared errors. A run that
-was stopped goes on from its last epoch with --resume, to the same weights as without the stop.
+was stopped goes on with --resume, to the same weights as without the stop. Under torchrun every
+batch is shared out over the processes, and the result is that of one process:
+
+    torchrun --nproc-per-node 8 misc_scripts/train.py
 """
 
-import csv
 import dataclasses
+import hashlib
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from apm import APM, APMConfig, load_model, save_model
-from apm.checkpoint import load_tensors
+from apm import APM, APMConfig, load_model
 from apm.cli import (
     OUTPUTS,
     Results,
@@ -27,12 +28,21 @@ from apm.cli import (
     select_device,
     share,
 )
-from apm.data import DistillationDataset, FeatureStore, image_names
-from apm.figures import loss_figure
-from apm.files import atomic_path, prepare_output
+from apm.data import DistillationDataset, image_names
+from apm.distributed import claim_gpu, process_group, rank, wait_for_all, world_size
+from apm.files import prepare_output
+from apm.preprocessing import Preprocessing
+from apm.run import CHECKPOINT, Run, refuse_a_second_run
+from apm.store import FeatureStore, NpyStore, describe_teacher, file_sizes, open_store
+from apm.teachers import DenseTeacher, load_dense_teacher
 from apm.training import DistillationTrainer, start_at_mean
 
 CONFIGS = {"small": APMConfig.small, "coco": APMConfig.coco}
+# Flags that the trainer takes as they are.
+OPTIMISATION = ["learning_rate", "weight_decay", "schedule", "warmup", "locations", "null_share"]
+OPTIMISATION += ["feature_loss", "rgb_weight", "accumulate", "dtype", "seed"]
+# Flags that a resumed run may change: they do not change what is learnt.
+FREE = {"resume", "device", "workers", "accumulate", "save_every", "tensorboard"}
 
 
 def widths(text: str) -> tuple[int, ...]:
@@ -40,23 +50,66 @@ def widths(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(",") if number)
 
 
+SHAPE_FLAGS: dict[str, dict[str, Any]] = {
+    "--local-width": {"type": int, "help": "width of the embedded local patch; 0 for none"},
+    "--local-blocks": {"type": widths, "help": "reach of the local patch, e.g. 2,8"},
+    "--trunk-widths": {"type": widths, "help": "widths of the shared MLP, e.g. 1024,512"},
+}
+
+
+def shape_changes(args: Namespace) -> dict[str, Any]:
+    """What the flags change in a model's config."""
+    names = [flag.removeprefix("--").replace("-", "_") for flag in SHAPE_FLAGS]
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
 def parse(argv: list[str] | None) -> Namespace:
     """The script's flags."""
     parser = make_parser(
         __doc__,
-        *("--input", "--output", "--device", "--dtype", "--seed", "--batch-size", "--workers"),
+        *("--input", "--output", "--teacher", "--teacher-weights", "--teacher-block"),
+        *("--teacher-margin", "--device", "--dtype", "--seed", "--batch-size", "--workers"),
         "--limit",
         input=OUTPUTS / "resized",
         output=OUTPUTS / "train",
+        teacher_block=-1,
+        teacher_margin=0,
         batch_size=64,
     )
     add = parser.add_argument
-    add("--features", type=Path, default=OUTPUTS / "features", help="folder of teacher features")
+    add(
+        "--features",
+        type=Path,
+        default=OUTPUTS / "features",
+        help="store of teacher features;"
+        " not used with --teacher, which makes the features of each step's images anew",
+    )
     add("--model", choices=sorted(CONFIGS), default="small", help="shape of the model")
     add("--init", type=Path, help="checkpoint to start from, instead of --model's random weights")
-    add("--local-sizes", type=widths, help="sides of the local patches in px, e.g. 14,56 or ''")
-    add("--trunk-widths", type=widths, help="widths of the shared MLP, e.g. 1024,512")
+    for flag, settings in SHAPE_FLAGS.items():
+        add(flag, **settings)
+    add_optimisation(parser)
+    add("--augment", action="store_true", help="random crops and flips, features alike")
+    add("--validation-images", type=positive_int, default=200, help="images kept out of training")
+    add("--resume", action="store_true", help="go on from --output's last state, if there is one")
+    add("--save-every", type=positive_int, help="steps between states (default: once an epoch)")
+    add("--tensorboard", action="store_true", help="also log for TensorBoard")
+    args = parser.parse_args(argv)
+    check(args)
+    return args
+
+
+def add_optimisation(parser: ArgumentParser) -> None:
+    """Flags of optimiser and losses."""
+    add = parser.add_argument
     add("--epochs", type=positive_int, default=12, help="passes over the images")
+    add(
+        "--accumulate",
+        type=positive_int,
+        default=1,
+        help="parts in which a process works through"
+        " its share of a batch, one after the other: less memory, same result",
+    )
     add("--learning-rate", type=float, default=1e-4, help="peak learning rate")
     add("--weight-decay", type=float, default=0.0, help="decoupled weight decay")
     add("--schedule", choices=("constant", "cosine"), default="constant", help="learning rate")
@@ -65,155 +118,195 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--null-share", type=share, default=0.3, help="share of a batch without local patch")
     add(
         "--feature-loss",
-        choices=("mse", "standardised"),
+        choices=("mse", "standardised", "relational"),
         default="mse",
-        help="the paper's, or of standardised channels with a cosine term",
+        help="the paper's; of standardised channels with a cosine term; that one and how alike"
+        " the places of an image are to one another",
     )
     add("--rgb-weight", type=float, default=1.0, help="weight of the RGB loss")
-    add("--augment", action="store_true", help="random crops and flips, features alike")
-    add("--validation-images", type=positive_int, default=200, help="images kept out of training")
-    add("--resume", action="store_true", help="go on from the last epoch in --output")
-    args = parser.parse_args(argv)
-    if args.init and (args.local_sizes is not None or args.trunk_widths is not None):
-        raise ValueError("--init brings its own shape: leave out --local-sizes and --trunk-widths")
-    return args
 
 
-def split(args: Namespace, store: FeatureStore) -> tuple[DistillationDataset, DistillationDataset]:
+def check(args: Namespace) -> None:
+    """Refuse flags that contradict each other, and to write over a run.
+
+    Raises:
+        ValueError: naming the flags.
+    """
+    if args.init and shape_changes(args):
+        raise ValueError(f"--init brings its own shape: leave out {' and '.join(SHAPE_FLAGS)}")
+    refuse_a_second_run(args.output, args.resume)
+
+
+def whole_batch(args: Namespace, images: int) -> int:
+    """Images of a batch: those of --batch-size, if there are so many.
+
+    Raises:
+        ValueError: if they cannot be shared out.
+    """
+    size, parts = min(args.batch_size, images), world_size() * args.accumulate
+    if size < parts:
+        raise ValueError(
+            f"--batch-size {args.batch_size}: {size} images are the whole batch, expected at least "
+            f"{parts}, one for each process and each part of --accumulate"
+        )
+    return size
+
+
+def open_source(
+    args: Namespace, grid_size: int, device: torch.device
+) -> tuple[FeatureStore | NpyStore | None, DenseTeacher | None, dict[str, Any]]:
+    """Where features come from, a store or a teacher, and how they are made.
+
+    Raises:
+        ValueError: if a store has another grid than the model.
+    """
+    if args.teacher:
+        teacher = load_dense_teacher(
+            args.teacher,
+            args.teacher_weights,
+            grid_size=grid_size,
+            block=args.teacher_block,
+            margin=args.teacher_margin,
+        )
+        meta = describe_teacher(args.teacher, args.teacher_weights, teacher, args.dtype)
+        return None, teacher.to(device), meta
+    store = open_store(args.features)
+    if store.meta["grid_size"] != grid_size:
+        raise ValueError(
+            f"{args.features}: features on a grid of side {store.meta['grid_size']}, the model's "
+            f"has {grid_size}"
+        )
+    return store, None, store.meta
+
+
+def split(
+    args: Namespace, preprocessing: Preprocessing, store: FeatureStore | NpyStore | None
+) -> tuple[DistillationDataset, DistillationDataset]:
     """Training and validation images, drawn by the seed."""
     images = image_names(args.input, args.limit)
-    names = [name for name in images if store.path(name).exists()]
-    if len(names) <= args.validation_images:
+    if store:
+        images = {name: path for name, path in images.items() if name in store.sizes}
+        for name, size in file_sizes(images).items():
+            if store.sizes[name] not in (None, size):
+                raise ValueError(
+                    f"{images[name]}: {size} bytes, but --features were made of an image of "
+                    f"{store.sizes[name]}; extract again, or name the same --input"
+                )
+    if len(images) <= args.validation_images:
         raise ValueError(
-            f"{args.features}: has features of {len(names)} images of {args.input}, expected more "
-            f"than the {args.validation_images} of --validation-images"
+            f"{args.features if store else args.input}: {len(images)} images to learn from, "
+            f"expected more than the {args.validation_images} of --validation-images"
         )
+    names = sorted(images)
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(args.seed)).tolist()
     names = [names[index] for index in order]
     training, validation = names[args.validation_images :], names[: args.validation_images]
     return (
         DistillationDataset(
-            [images[name] for name in training], training, store, args.augment, args.seed
+            {name: images[name] for name in training}, preprocessing, store, args.augment, args.seed
         ),
-        DistillationDataset([images[name] for name in validation], validation, store),
+        DistillationDataset({name: images[name] for name in validation}, preprocessing, store),
     )
 
 
-def new_model(args: Namespace, feature_dim: int, mean: Tensor) -> APM:
-    """A model with fresh weights, of the shape that the flags ask for."""
-    changes = {"feature_dim": feature_dim}
-    for name in ("local_sizes", "trunk_widths"):
-        if getattr(args, name) is not None:
-            changes[name] = getattr(args, name)
-    model = APM(dataclasses.replace(CONFIGS[args.model](), **changes))
-    start_at_mean(model, mean)
-    return model
+def teacher_statistics(
+    validation: DistillationDataset, teacher: DenseTeacher | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation ``(F,)`` of the teacher's channels over some of its images."""
+    sample = []
+    for index in range(min(64, len(validation))):
+        pixels, features = validation[index]
+        sample.append(teacher(pixels[None].to(device) / 255)[0].cpu() if teacher else features)
+    features = torch.cat(sample).float()
+    return features.mean(dim=0), features.std(dim=0)
 
 
-def continued_model(path: Path, feature_dim: int) -> APM:
+def continued_model(path: Path) -> APM:
     """A checkpoint to train further."""
     model = load_model(path)
-    if model.config.feature_dim != feature_dim:
-        raise ValueError(
-            f"{path}: answers features of width {model.config.feature_dim}, "
-            f"--features has width {feature_dim}"
-        )
-    # The released model's shifted tokens are what training on right ones undoes.
-    model.preprocessing = dataclasses.replace(model.preprocessing, token_offset=0)
+    # Training on right tokens undoes the released model's shift, and it is on cropped images.
+    model.preprocessing = dataclasses.replace(model.preprocessing, token_offset=0, fit="crop")
     return model
 
 
-def build(
-    args: Namespace, store: FeatureStore, validation: DistillationDataset, steps: int
-) -> DistillationTrainer:
-    """The model and its trainer."""
-    device = select_device(args.device)
-    seed_everything(args.seed)
-    # Statistics of the teacher, for which any of its features will do.
-    sample = torch.cat([validation[i][1] for i in range(min(64, len(validation)))])
-    mean, std = sample.mean(dim=0), sample.std(dim=0)
-    feature_dim = store.meta["feature_dim"]
-    model = (
-        continued_model(args.init, feature_dim) if args.init else new_model(args, feature_dim, mean)
+def build(args: Namespace, device: torch.device) -> Run:
+    """The run that the flags ask for, in an output folder claimed for it."""
+    model = continued_model(args.init) if args.init else None
+    config = (
+        model.config if model else dataclasses.replace(CONFIGS[args.model](), **shape_changes(args))
     )
-    settings = ("learning_rate", "weight_decay", "schedule", "warmup", "locations", "null_share")
-    settings += ("feature_loss", "rgb_weight", "dtype", "seed")
-    return DistillationTrainer(
-        model.to(device),
-        mean,
-        std,
-        steps=steps,
-        **{name: getattr(args, name) for name in settings},
+    store, teacher, source = open_source(args, config.grid_size, device)
+    if model and config.feature_dim != source["feature_dim"]:
+        raise ValueError(
+            f"{args.init}: answers features of width {config.feature_dim}, the teacher's have "
+            f"width {source['feature_dim']}"
+        )
+    training, validation = split(args, Preprocessing(image_size=config.image_size), store)
+    batch_size = whole_batch(args, len(training))
+    if rank() == 0:
+        prepare_output(args.output)  # before the long work, and before a state is read there
+    mean, std = teacher_statistics(validation, teacher, device)
+    if model is None:
+        model = APM(dataclasses.replace(config, feature_dim=len(mean)))
+        start_at_mean(model, mean)
+    run = Run(
+        trainer=DistillationTrainer(
+            model.to(device),
+            mean,
+            std,
+            steps=args.epochs * (len(training) // batch_size),
+            teacher=teacher,
+            **{name: getattr(args, name) for name in OPTIMISATION},
+        ),
+        training=training,
+        validation=validation,
+        output=args.output,
+        settings=run_settings(args, training.names, source),
+        provenance={
+            "init": model.provenance,
+            "teacher": source,
+            "training_images": len(training),
+            # Where files lay says nothing about the model.
+            "arguments": {k: v for k, v in vars(args).items() if not isinstance(v, Path)},
+        },
+        epochs=args.epochs,
+        batch_size=batch_size,
+        workers=args.workers,
+        save_every=args.save_every,
     )
+    run.resume()
+    return run
 
 
-def train_epoch(
-    trainer: DistillationTrainer, training: DistillationDataset, batch_size: int, args: Namespace
-) -> dict[str, float]:
-    """One pass over the training images, in an order that seed and epoch decide; mean losses."""
-    loader = DataLoader(
-        training,
-        batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=args.workers,
-        generator=torch.Generator().manual_seed(args.seed + 1_000_003 * training.epoch),
-    )
-    sums = torch.zeros(2)
-    progress = tqdm(loader, desc=f"epoch {training.epoch + 1}/{args.epochs}", unit="step")
-    for pixels, targets in progress:
-        losses = trainer.step(pixels, targets)
-        sums += torch.tensor(losses)
-        progress.set_postfix(feature=f"{losses[0]:.4f}", rgb=f"{losses[1]:.4f}")
-    feature, rgb = (sums / len(loader)).tolist()
-    return {"train_feature_loss": feature, "train_rgb_loss": rgb}
+def run_settings(args: Namespace, names: list[str], source: dict[str, Any]) -> dict[str, Any]:
+    """What decides the weights: flags, but for paths, the training images, how features are made.
 
-
-def write_history(output: Path, history: list[dict[str, float]]) -> None:
-    """The losses of each epoch as a table and as a plot."""
-    with atomic_path(output / "history.csv") as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, history[0].keys())
-        writer.writeheader()
-        writer.writerows(history)
-    loss_figure(output / "loss.png", history)
+    Args:
+        args: the flags.
+        names: of the training images.
+        source: as of ``open_source``.
+    """
+    flags = {k: v for k, v in vars(args).items() if k not in FREE and not isinstance(v, Path)}
+    if args.schedule == "constant":
+        del flags["epochs"]
+    digest = hashlib.sha256("\n".join(names).encode(errors="surrogatepass"))
+    return flags | {"training images": digest.hexdigest(), "features": source}
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    store = FeatureStore(args.features)
-    training, validation = split(args, store)
-    output = prepare_output(args.output)
-    batch_size = min(args.batch_size, len(training))
-    trainer = build(args, store, validation, args.epochs * (len(training) // batch_size))
-    results = Results(args, trainer.device)
-    state_path, history = output / "last.pth", []
-    if args.resume:
-        state = load_tensors(state_path)
-        history = state.pop("history")
-        trainer.load_state_dict(state)
-    validation_loader = DataLoader(validation, 8, num_workers=args.workers)
-    for training.epoch in range(len(history), args.epochs):
-        row = {"epoch": training.epoch + 1}
-        row |= train_epoch(trainer, training, batch_size, args)
-        row |= trainer.validate(validation_loader)
-        history.append(row)
-        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
-        with atomic_path(state_path) as temporary:
-            torch.save(trainer.state_dict() | {"history": history}, temporary)
-    arguments = results.content["arguments"]
-    trainer.model.provenance = {
-        "init": trainer.model.provenance,
-        "teacher": store.meta,
-        "training_images": len(training),
-        # Where files lay says nothing about the model.
-        "arguments": {k: v for k, v in arguments.items() if not isinstance(vars(args)[k], Path)},
-        "validation": history[-1],
-    }
-    save_model(output / "apm.pth", trainer.model, dtype=torch.float16)
-    write_history(output, history)
-    results.save(output, history=history)
-    print(f"checkpoint: {output / 'apm.pth'}")
+    device = select_device(args.device)
+    claim_gpu(device)
+    seed_everything(args.seed)
+    with process_group(device):
+        run = build(args, device)
+        results = Results(args, device)
+        run.train(args.tensorboard)
+        if rank() == 0:
+            results.save(args.output, history=run.history)
+            print(f"checkpoint: {args.output / CHECKPOINT}")
+        wait_for_all()
 
 
 if __name__ == "__main__":

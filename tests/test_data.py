@@ -6,12 +6,14 @@ from PIL import Image
 
 from apm.data import (
     DistillationDataset,
-    FeatureStore,
+    PictureDataset,
     crop_features,
     find_images,
     image_names,
     load_image,
 )
+from apm.preprocessing import Preprocessing
+from apm.store import NpyStore
 
 
 def test_every_mode_becomes_upright_rgb(tmp_path):
@@ -99,27 +101,6 @@ def test_linked_folders_are_followed_and_loops_end(tmp_path):
     assert [p.name for p in find_images(root)].count("a.png") == 1
 
 
-def test_features_survive_the_store(tmp_path):
-    store = FeatureStore.create(tmp_path, {"grid_size": 4, "feature_dim": 8})
-    features = torch.randn(16, 8)
-    store.write("sub/image", features)
-    torch.testing.assert_close(
-        FeatureStore(tmp_path).read("sub/image"), features, atol=2e-3, rtol=1e-3
-    )
-
-
-def test_a_store_of_another_teacher_is_refused(tmp_path):
-    FeatureStore.create(tmp_path, {"teacher": "a"})
-    FeatureStore.create(tmp_path, {"teacher": "a"})
-    with pytest.raises(ValueError, match="teacher 'a', not 'b'"):
-        FeatureStore.create(tmp_path, {"teacher": "b"})
-
-
-def test_a_folder_without_store_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"store\.json"):
-        FeatureStore(tmp_path)
-
-
 def test_cropped_features_lie_where_the_crop_lies():
     ramp = (torch.arange(8) + 0.5) / 8  # each location's centre as a share of the side
     features = torch.cartesian_prod(ramp, ramp)
@@ -137,9 +118,10 @@ def test_image_and_features_are_cropped_and_flipped_alike(tmp_path):
     def colours(image):
         return torch.nn.functional.avg_pool2d(image.float(), 14).flatten(1).T
 
-    store = FeatureStore.create(tmp_path / "features", {"grid_size": 32})
-    store.write("a", colours(picture.permute(2, 0, 1)))
-    data = DistillationDataset([tmp_path / "a.png"], ["a"], store, augment=True)
+    (tmp_path / "features").mkdir()
+    np.save(tmp_path / "features" / "a.npy", colours(picture.permute(2, 0, 1)).numpy())
+    store = NpyStore(tmp_path / "features")
+    data = DistillationDataset({"a": tmp_path / "a.png"}, Preprocessing(), store, augment=True)
     seen = []
     for data.epoch in range(12):
         image, features = data[0]
@@ -149,3 +131,17 @@ def test_image_and_features_are_cropped_and_flipped_alike(tmp_path):
     assert 3 <= len(means) <= 11  # some are cropped, some not
     data.epoch = 3
     assert torch.equal(data[0][0], seen[3])
+    other = DistillationDataset({"a": tmp_path / "a.png"}, Preprocessing(), augment=True)
+    other.epoch = 3
+    image, features = other[0]  # without a store the same crop, for the teacher to look at
+    assert torch.equal(image, seen[3]) and features.numel() == 0
+
+
+def test_a_picture_that_cannot_be_read_is_black_and_says_why(tmp_path):
+    photograph().save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_text("no image")
+    paths = [tmp_path / name for name in ("good.png", "bad.png", "gone.png")]
+    data = PictureDataset(paths, Preprocessing(image_size=28))
+    assert data[0][0].shape == (3, 28, 28) and data[0][0].any() and data[0][1] == ""
+    assert not data[1][0].any() and "bad.png: cannot be read" in data[1][1]
+    assert not data[2][0].any() and "gone.png: no such file" in data[2][1]

@@ -1,13 +1,12 @@
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import make_model
 from reference import coco, grid_encoding, tta
 from torch import nn
 
 from apm import APM, APMConfig
 from apm.checkpoint import from_released
-from apm.model import local_patches
+from apm.model import sample
 
 
 def count(model):
@@ -89,7 +88,7 @@ def test_order_and_chunks_do_not_matter_in_the_coco_model():
 
 
 def test_gradients_add_up_over_chunks():
-    model = make_model(local_sizes=(14,))
+    model = make_model(local_width=8)
     images = torch.rand(1, 3, 56, 56)
 
     def gradients(chunks):
@@ -106,7 +105,7 @@ def test_gradients_add_up_over_chunks():
 
 
 def test_without_images_the_null_stands_in():
-    model = make_model(local_sizes=(14,))
+    model = make_model(local_width=8)
     images = torch.rand(1, 3, 56, 56)
     with torch.inference_mode():
         column = model.encode(images)
@@ -117,25 +116,32 @@ def test_without_images_the_null_stands_in():
     assert not torch.allclose(with_patch, other_patch)
 
 
-def test_local_patches_are_the_pixels_around_the_location():
-    images = torch.rand(2, 3, 56, 56)
-    positions = make_model().grid_positions()
-    patches = local_patches(images, positions, (14, 28), 14)
-    assert patches.shape == (2, 16, 2 * 3 * 14 * 14)
-    own, wide = patches.split(3 * 14 * 14, dim=-1)
-    # The nearest neighbourhood at a grid point is the patch itself.
-    expected = F.unfold(images, 14, stride=14).transpose(1, 2)
-    torch.testing.assert_close(own, expected, atol=1e-4, rtol=0)
-    # 28 px around location (1, 2): columns 21..49, rows 7..35, cells of 2 px half a cell off.
-    blurred = F.avg_pool2d(images, 2)
-    blurred = (blurred + blurred.roll(-1, -1)) / 2
-    blurred = (blurred + blurred.roll(-1, -2)) / 2
-    expected = blurred[:, :, 3 : 3 + 14, 10 : 10 + 14].flatten(1)
-    torch.testing.assert_close(wide[:, 6], expected, atol=1e-4, rtol=0)
+def test_sampling_at_grid_points_reads_them_and_is_bilinear_between():
+    maps = torch.rand(2, 3, 4, 4)
+    grid = make_model().grid_positions()
+    torch.testing.assert_close(sample(maps, grid), maps.flatten(2).transpose(1, 2))
+    between = sample(maps, torch.tensor([[1.0, 2.5]]))[:, 0]
+    torch.testing.assert_close(between, (maps[:, :, 1, 2] + maps[:, :, 1, 3]) / 2)
+    outside = sample(maps, torch.tensor([[-3.0, 9.0]]))[:, 0]
+    torch.testing.assert_close(outside, maps[:, :, 0, 3])
 
 
-def test_a_location_sees_its_own_neighbourhood_only():
-    model = make_model(local_sizes=(14, 28))
+@pytest.mark.parametrize("blocks", [(0, 0), (2, 0), (0, 1), (1, 1)])
+def test_a_location_sees_a_neighbourhood_of_local_size_and_no_more(blocks):
+    model = make_model(image_size=112, local_width=64, local_blocks=blocks)
+    images = torch.rand(1, 3, 112, 112, requires_grad=True)
+    row, column = 4, 3
+    model.local_maps(images)[0, :, row, column].sum().backward()
+    seen = images.grad[0].abs().amax(dim=0) > 0
+    margin = (model.config.local_size - 14) // 2
+    expected = torch.zeros(112, 112, dtype=torch.bool)
+    top, left = 14 * row - margin, 14 * column - margin
+    expected[top : top + 14 + 2 * margin, left : left + 14 + 2 * margin] = True
+    assert torch.equal(seen, expected)
+
+
+def test_a_far_change_reaches_a_location_through_the_column_only():
+    model = make_model(local_width=8, local_blocks=(1, 0))
     images = torch.rand(1, 3, 56, 56)
     changed = images.clone()
     changed[..., :14, :14] = 0
@@ -193,7 +199,10 @@ def test_wrong_shapes_and_chunks_are_named(model):
         {"position_dim": 30},
         {"pooling": "max"},
         {"pooling": "attention", "pool_heads": 5},
-        {"local_sizes": (20,)},
+        {"local_width": -8},
+        {"local_width": 6},
+        {"local_width": 8, "patch_size": 7},
+        {"local_blocks": (1,)},
         {"trunk_widths": ()},
         {"trunk_widths": (-1,)},
         {"feature_dim": 1.5},

@@ -56,6 +56,7 @@ def test_a_classifiers_head_is_its_classes_with_random_weights():
 
 def test_imagenet_classes_by_name_synonym_and_wordnet_id():
     assert imagenet_index("tabby") == imagenet_index("Tabby_cat") == imagenet_index("n02123045")
+    assert imagenet_index("tub") == 876 and imagenet_index("bathtub") == 435  # "..., tub"
     assert imagenet_index("tench") == 0 and imagenet_index("toilet tissue") == 999
     with pytest.raises(ValueError, match=r"'tabbi' is no class of ImageNet-1k .*tabby"):
         imagenet_index("tabbi")

@@ -1,0 +1,76 @@
+"""Several processes that work as one under ``torchrun``, or one process without it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def claim_gpu(device: torch.device) -> None:
+    """If work is done on GPUs, let ``cuda`` mean this process's own.
+
+    Raises:
+        ValueError: if there are fewer GPUs than processes on this machine.
+    """
+    if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
+        return
+    index, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if index >= count:
+        raise ValueError(
+            f"process {index + 1} on a machine with {count} GPU(s): use --nproc-per-node {count}, "
+            "or --device cpu"
+        )
+    torch.cuda.set_device(index)
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Connects the processes for the block: nccl between GPUs, gloo between CPUs.
+
+    They wait for one another as long as it takes: one may have hours more to do. If one ends with
+    an error, torchrun ends the others.
+    """
+    if world_size() == 1:
+        yield
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=7))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """Add up a tensor in place; every process gets the sum."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@torch.no_grad()
+def broadcast_weights(model: nn.Module) -> None:
+    """Give every process the weights of the first."""
+    if dist.is_initialized():
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, src=0)
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
