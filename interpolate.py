@@ -24,8 +24,8 @@ from apm.cli import (
 )
 from apm.data import load_image
 from apm.files import prepare_output
-from apm.islands import METHODS, island_colours
-from apm.percept import as_grid, undo_token_offset
+from apm.islands import island_colours
+from apm.percept import as_grid, query_in_memory, undo_token_offset
 from apm.pictures import enlarge, panels, save_gif, save_picture
 
 FRAME_SIDE = 320
@@ -47,7 +47,7 @@ def percepts(
         first, last = model.encode(ends)
         shares = torch.linspace(0, 1, steps, device=ends.device)
         columns = torch.lerp(first.float(), last.float(), shares[:, None])  # (steps, D)
-        frames = [model.query(column[None], chunk_size=chunk_size) for column in columns]
+        frames = [query_in_memory(model, column[None], chunk_size) for column in columns]
     offset = model.preprocessing.token_offset
     rgb = [model.preprocessing.to_rgb(as_grid(colours[0], model)).numpy() for _, colours in frames]
     features = [undo_token_offset(as_grid(answers[0], model), offset) for answers, _ in frames]
@@ -70,7 +70,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(
         __doc__,
         *("--checkpoint", "--output", "--device", "--dtype", "--seed", "--chunk-size"),
+        "--method",
         output=OUTPUTS / "interpolate",
+        method="pca",
     )
     parser.add_argument(
         "--input",
@@ -81,7 +83,6 @@ def main(argv: list[str] | None = None) -> None:
         help="the two images",
     )
     parser.add_argument("--steps", type=positive_int, default=9, help="frames, both ends included")
-    parser.add_argument("--method", choices=METHODS, default="pca", help="how islands are coloured")
     args = parser.parse_args(argv)
     if args.steps < 2:
         raise ValueError(f"--steps {args.steps}: at least 2, the two ends")

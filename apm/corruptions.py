@@ -11,6 +11,7 @@ parameters of one severity; it returns an image that may leave [0, 1]. ``corrupt
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy import ndarray
@@ -22,7 +23,7 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 # For every corruption and parameter set one entry a severity. Lengths are in pixels, "cifar" meant
 # for images of 32 pixels and "imagenet" for 224; they do not change with the image's size.
-PARAMETERS = {
+PARAMETERS: dict[str, dict[str, Any]] = {
     # standard deviation, as a share of the full range
     "gaussian_noise": {
         "cifar": (0.04, 0.06, 0.08, 0.09, 0.10),
@@ -249,7 +250,8 @@ def frost(
     The published sets draw from frost1 to frost5 of their six photographs.
     """
     height, width, _ = image.shape
-    texture = _enlarge(textures[random.integers(len(textures))], height * stride, width * stride)
+    photograph = textures[int(random.integers(len(textures)))]
+    texture = _enlarge(photograph, height * stride, width * stride)
     top = random.integers(texture.shape[0] - height * stride + 1)
     left = random.integers(texture.shape[1] - width * stride + 1)
     piece = texture[top::stride, left::stride][:height, :width] / 255

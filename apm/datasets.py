@@ -4,15 +4,28 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
-import numpy as np
 import timm.data
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 from torchvision import datasets
 
+from apm.corruptions import PARAMETERS
+from apm.data import load_image
+from apm.files import read_array
+
+
+class Images(Protocol):
+    """Pairs of a PIL image and a class index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Image.Image, int]: ...
+
+
 # Name -> builder(root, download) of the split on which accuracies are reported.
-TORCHVISION: dict[str, Callable[[Path, bool], Dataset]] = {
+TORCHVISION: dict[str, Callable[[Path, bool], Any]] = {
     "cifar10": lambda root, download: datasets.CIFAR10(root, train=False, download=download),
     "cifar100": lambda root, download: datasets.CIFAR100(root, train=False, download=download),
     "flowers102": lambda root, download: datasets.Flowers102(root, "test", download=download),
@@ -23,10 +36,11 @@ TORCHVISION: dict[str, Callable[[Path, bool], Dataset]] = {
     "sun397": lambda root, download: datasets.SUN397(root, download=download),
     "fgvc_aircraft": lambda root, download: datasets.FGVCAircraft(root, "test", download=download),
     "eurosat": lambda root, download: datasets.EuroSAT(root, download=download),
-    "imagefolder": lambda root, download: datasets.ImageFolder(root),
+    "imagefolder": lambda root, download: datasets.ImageFolder(root, loader=load_image),
 }
 CIFAR10C = "cifar10c"
 DATASETS = (*TORCHVISION, CIFAR10C)
+ALL = "all"
 
 CIFAR10_CLASSES = (
     "airplane",
@@ -60,12 +74,12 @@ class LabelledImages:
 
     Attributes:
         name: what it is, for tables and caches.
-        images: items are pairs of a PIL image and a class index.
+        images: images with their labels.
         class_names: in the order of the indices, as a sentence would have them.
     """
 
     name: str
-    images: Dataset
+    images: Images
     class_names: tuple[str, ...]
 
 
@@ -74,7 +88,7 @@ def load_dataset(
     root: Path,
     *,
     download: bool = False,
-    corruption: str = "gaussian_noise",
+    corruption: str = ALL,
     severity: int = 5,
 ) -> LabelledImages:
     """A test set by its name.
@@ -83,15 +97,17 @@ def load_dataset(
         root: folder in torchvision's layout; for ``imagefolder`` one folder a class, named as the
             class or by its WordNet id; for ``cifar10c`` the published ``.npy`` files.
         download: let torchvision fetch what is missing.
-        corruption: of CIFAR-10-C.
+        corruption: of CIFAR-10-C, or ``"all"`` of its 15, one after the other.
         severity: of CIFAR-10-C, 1..5.
 
     Raises:
         ValueError: if the data are not there or not in the expected layout.
     """
     if name == CIFAR10C:
-        images = CorruptedCIFAR10(root, corruption, severity)
-        return LabelledImages(f"{name}-{corruption}-{severity}", images, CIFAR10_CLASSES)
+        chosen = tuple(PARAMETERS) if corruption == ALL else (corruption,)
+        parts = [CorruptedCIFAR10(root, part, severity) for part in chosen]
+        corrupted: Any = ConcatDataset(parts)
+        return LabelledImages(f"{name}-{corruption}-{severity}", corrupted, CIFAR10_CLASSES)
     try:
         images = TORCHVISION[name](root, download)
     except (RuntimeError, OSError) as error:
@@ -102,6 +118,32 @@ def load_dataset(
         return LabelledImages(name, images, EUROSAT_CLASSES)
     names = images.categories if name == "caltech101" else images.classes
     return LabelledImages(name, images, tuple(map(readable, names)))
+
+
+def load_splits(root: Path, *, download: bool = False) -> tuple[LabelledImages, LabelledImages]:
+    """A training set and its test set: folders ``train`` and ``test``, or torchvision's CIFAR-10.
+
+    Args:
+        root: with ``train`` and ``test``, one folder a class in each; else CIFAR-10's folder.
+        download: let torchvision fetch CIFAR-10.
+
+    Raises:
+        ValueError: if the data are not there, or the two sets differ in their classes.
+    """
+    if not (root / "train").is_dir():
+        test = load_dataset("cifar10", root, download=download)
+        images = datasets.CIFAR10(root, train=True)
+        return LabelledImages("cifar10", images, test.class_names), test
+    train, test = (load_dataset("imagefolder", root / split) for split in ("train", "test"))
+    if train.class_names != test.class_names:
+        raise ValueError(f"{root}: train and test have different classes")
+    return train, test
+
+
+def spread(count: int, limit: int | None) -> list[int]:
+    """Indices of at most ``limit`` of ``count`` images, evenly spread: sets are sorted by class."""
+    chosen = min(count, limit or count)
+    return [index * count // chosen for index in range(chosen)]
 
 
 def readable(class_name: str) -> str:
@@ -122,13 +164,13 @@ class CorruptedCIFAR10(Dataset):
         if not 1 <= severity <= 5:
             raise ValueError(f"severity {severity} must be in 1..5")
         try:
-            images = np.load(root / f"{corruption}.npy", mmap_mode="r", allow_pickle=False)
-            labels = np.load(root / "labels.npy", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            images = read_array(root / f"{corruption}.npy", mmap_mode="r")
+            labels = read_array(root / "labels.npy")
+        except ValueError as error:
             raise ValueError(f"{root}: no CIFAR-10-C with {corruption} there ({error})") from error
-        if images.ndim != 4 or len(images) != len(labels) or len(images) % 5:
+        if images.ndim != 4 or labels.ndim != 1 or len(images) != len(labels) or len(images) % 5:
             raise ValueError(
-                f"{root}: {corruption}.npy is {images.shape} with {len(labels)} labels, "
+                f"{root}: {corruption}.npy is {images.shape} with labels {labels.shape}, "
                 "expected five severities of (N, H, W, 3)"
             )
         count = len(images) // 5

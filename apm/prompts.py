@@ -23,7 +23,7 @@ def load_templates(choice: str) -> tuple[str, ...]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of templates (or single, clip80)")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not text ({error})") from error
     templates = tuple(line.strip() for line in lines if line.strip())

@@ -5,7 +5,7 @@ Build them under ``with device:``; on ``torch.device("meta")`` they have shapes 
 
 import math
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +89,7 @@ class TPT(nn.Module):
 
     VIEWS = 64  # augmented views of the test image in one step
 
-    def __init__(self, clip: nn.Module, context_tokens: int = 4) -> None:
+    def __init__(self, clip: Any, context_tokens: int = 4) -> None:
         super().__init__()
         self.clip = clip.requires_grad_(False)
         width = clip.token_embedding.embedding_dim

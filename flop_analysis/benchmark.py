@@ -7,6 +7,7 @@ inference asks for one location at a time.
 
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,10 +18,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from baselines import TPT, clip_inputs, clip_model
-from counting import torch_macs
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.optim import Adam
+from torch.utils.data import DataLoader
 
 from apm import APM, APMConfig, load_model
 from apm.cli import (
@@ -34,17 +35,24 @@ from apm.cli import (
     precision,
     select_device,
 )
-from apm.data import load_image
+from apm.counting import torch_macs
+from apm.data import DistillationDataset, load_image
 from apm.figures import save_figure
 from apm.files import prepare_output
 from apm.islands import island_colours
+from apm.losses import rgb_targets
 from apm.model import QueryLinear
 from apm.percept import perceive
 from apm.positional_encoding import sincos_2d
+from apm.preprocessing import Preprocessing
+from apm.run import Waiting
+from apm.store import StoreWriter, file_sizes, open_store, pack
+from apm.training import DistillationTrainer
 from apm.tta import TestTimeTrainer
 
 LOCATIONS = 1024
 TPT_CLASSES = 10
+TRAINING_IMAGES = 4
 
 
 class Row(NamedTuple):
@@ -139,6 +147,19 @@ def released_step(model: APM, images: Tensor, target: Tensor, optimizer: Adam) -
     optimizer.zero_grad()
 
 
+def released_training_step(
+    model: APM, images: Tensor, targets: Tensor, colours: Tensor, optimizer: Adam
+) -> float:
+    """The released step of training on COCO; the loss before it."""
+    features, rgb = zip(*released_dense(model, images, LOCATIONS), strict=True)
+    loss = F.mse_loss(torch.cat(features, dim=1), targets)
+    loss = loss + F.mse_loss(torch.cat(rgb, dim=1), colours)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
 def macs_per_location(config: APMConfig, *, first: bool, head: bool) -> int:
     """Multiply-adds of the shared MLP for one location, with or without first layer and head."""
     widths = [*config.trunk_widths, config.feature_dim]
@@ -155,6 +176,7 @@ class Bench:
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.device, self.repeats = device, repeats
         self.rows: list[Row] = []
+        self.data_wait = 0.0  # share of the training time that is waiting for data
 
     def measure(
         self,
@@ -224,13 +246,78 @@ def bench_islands(bench: Bench) -> None:
     model = load_model(BUNDLED_CHECKPOINT, bench.device)
     image = load_image(ROOT / "assets" / "cat.jpg")
     macs = torch_macs(lambda: perceive(model, image))
+
+    def islands(method: str) -> None:
+        island_colours(perceive(model, image).features, method)
+
     for method in ("pca", "tsne"):
         bench.measure(
-            f"islands of a photograph, {method}",
-            "float32",
-            macs,
-            lambda method=method: island_colours(perceive(model, image).features, method),
+            f"islands of a photograph, {method}", "float32", macs, partial(islands, method)
         )
+
+
+def coco_trainer(device: torch.device, dtype: str) -> DistillationTrainer:
+    """A trainer of the COCO model with random weights and the paper's settings."""
+    torch.manual_seed(0)
+    config = APMConfig.coco()
+    mean, std = torch.zeros(config.feature_dim), torch.ones(config.feature_dim)
+    return DistillationTrainer(APM(config).to(device), mean, std, steps=1, dtype=dtype)
+
+
+def bench_training(bench: Bench) -> None:
+    """A step of training on COCO: four images, all locations, forward, backward, Adam."""
+    config, count = APMConfig.coco(), TRAINING_IMAGES
+    pixels = torch.randint(0, 256, (count, 3, 448, 448), dtype=torch.uint8)
+    targets = torch.randn(count, LOCATIONS, config.feature_dim)
+    each = 3 * count * LOCATIONS
+    released = each * macs_per_location(config, first=True, head=True)
+    ours = each * macs_per_location(config, first=False, head=True)
+    model = coco_trainer(bench.device, "float32").model
+    images = model.preprocessing.normalise(pixels.to(bench.device))
+    colours = rgb_targets(model.preprocessing.colours(pixels.to(bench.device)), config.patch_size)
+    inputs = (images, targets.to(bench.device), colours)
+    step: Callable[[], object] = partial(
+        released_training_step, model, *inputs, Adam(model.parameters(), lr=1e-4)
+    )
+    bench.measure("training step, released", "float32", released, step, images=count)
+    for dtype in ("float32", "bfloat16"):
+        step = partial(coco_trainer(bench.device, dtype).step, [(pixels, targets)], count)
+        bench.measure("training step, ours", dtype, ours, step, images=count)
+
+
+def bench_loader(bench: Bench) -> None:
+    """Images and int8 features as training reads them, alone and while it trains."""
+    count = 4 * TRAINING_IMAGES
+    with tempfile.TemporaryDirectory() as folder:
+        data = random_data_set(Path(folder), count)
+        load = partial(DataLoader, data, TRAINING_IMAGES)
+        bench.measure("training data, one process", "float32", 0, lambda: [*load()], images=count)
+        trainer = coco_trainer(bench.device, "bfloat16")
+        batches = Waiting(load(num_workers=1))
+
+        def train() -> None:
+            for batch in batches:
+                trainer.step([batch], TRAINING_IMAGES)
+
+        ours = 3 * count * LOCATIONS * macs_per_location(APMConfig.coco(), first=False, head=True)
+        name = "training, its data read by one worker"
+        bench.measure(name, "bfloat16", ours, train, repeats=1, images=count)
+        bench.data_wait = batches.seconds / bench.rows[-1].seconds
+
+
+def random_data_set(folder: Path, count: int) -> DistillationDataset:
+    """Photographs of 448 px, random features of the COCO model's size, random crops and flips."""
+    preprocessing, config = Preprocessing(), APMConfig.coco()
+    picture = preprocessing.picture(load_image(ROOT / "assets" / "cat.jpg"))
+    paths = {f"{index:03}": folder / f"{index:03}.jpg" for index in range(count)}
+    for path in paths.values():
+        picture.save(path, quality=95)
+    meta = {"grid_size": config.grid_size, "feature_dim": config.feature_dim}
+    writer = StoreWriter(folder, meta | {"store_dtype": "int8"}, file_sizes(paths))
+    for index, names in enumerate(writer.shards):
+        features = torch.randn(len(names), LOCATIONS, config.feature_dim)
+        writer.write(index, names, pack(features, "int8"), {})
+    return DistillationDataset(paths, preprocessing, open_store(folder), augment=True)
 
 
 def bench_teachers(bench: Bench) -> None:
@@ -252,9 +339,10 @@ def print_rows(rows: list[Row]) -> None:
     """The table: seconds, the floor, and how far above it."""
     print(f"{'':48} seconds      GMACs    floor  x floor  images/s")
     for row in rows:
+        above = f"{row.seconds / row.floor:7.2f}" if row.floor else f"{'':7}"
         print(
             f"{row.name:48} {row.seconds:7.3f}  {row.gmacs:9.2f}  {row.floor:7.3f}  "
-            f"{row.seconds / row.floor:7.2f}  {row.images / row.seconds:8.3f}"
+            f"{above}  {row.images / row.seconds:8.3f}"
         )
 
 
@@ -280,11 +368,13 @@ def main(argv: list[str] | None = None) -> None:
     output = prepare_output(args.output)
     results = Results(args, device)
     bench = Bench(device, args.repeats)
-    for part in (bench_dense, bench_tta, bench_images, bench_islands, bench_teachers):
+    parts = (bench_dense, bench_tta, bench_images, bench_islands, bench_teachers)
+    for part in (*parts, bench_training, bench_loader):
         part(bench)
     print_rows(bench.rows)
+    print(f"training waits for data {100 * bench.data_wait:.1f} % of the time")
     draw_rows(output / "benchmark.png", bench.rows)
-    results.save(output, rows=[row._asdict() for row in bench.rows])
+    results.save(output, rows=[row._asdict() for row in bench.rows], data_wait=bench.data_wait)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from baselines import TABLE_4, TPT, clip_inputs, clip_model, swin_model
 from benchmark import LOCATIONS, released_chunks, released_dense, seconds_of
-from counting import HARMLESS, Call, Count, count_forward, count_step, torch_macs
+from counting import HARMLESS, Call, Count, count_forward, count_step
 from matplotlib.figure import Figure
 from table import compare, print_notes, print_table
 from torch import Tensor, nn
 
 from apm import APM, APMConfig
 from apm.cli import OUTPUTS, Results, command, make_parser, positive_int, select_device
+from apm.counting import torch_macs
 from apm.figures import save_figure
 from apm.files import prepare_output
 from apm.positional_encoding import sincos_2d

@@ -37,7 +37,7 @@ def count(model: nn.Module) -> int:
 
 def by_module(model: nn.Module) -> dict[str, int]:
     """Parameters of a model's direct children, modules and parameters alike, largest first."""
-    counts = Counter()
+    counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         counts[name.partition(".")[0]] += parameter.numel()
     return dict(counts.most_common())
@@ -58,7 +58,7 @@ def table_rows(counts: dict[str, int]) -> list[dict[str, Any]]:
     return [*rows, total]
 
 
-def explain(models: dict[str, nn.Module], counts: dict[str, int]) -> list[str]:
+def explain(models: dict[str, Any], counts: dict[str, int]) -> list[str]:
     """A line per deviation from the paper."""
     projection = models["CLIP ViT-B/16"].visual.proj.numel()
     student, clip = TABLE_4["APM"].parameters - TABLE_4["CLIP"].parameters, counts["CLIP ViT-B/16"]

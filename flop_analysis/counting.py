@@ -6,7 +6,8 @@ from math import prod
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+
+from apm.counting import torch_macs
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # one of fvcore's losses uses the deprecated torch.jit.script
@@ -57,13 +58,6 @@ def attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
     """fvcore's handle: ``2 n m d`` for each head, the scores and the weighted sum."""
     query, key = (value.type().sizes() for value in inputs[:2])  # (..., n, d), (..., m, d)
     return 2 * prod(query) * key[-2]
-
-
-def torch_macs(work: Callable[[], object]) -> int:
-    """Multiply-adds by torch's counter, which counts each as two operations."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops() // 2
 
 
 def count_forward(model: nn.Module, *inputs: Tensor) -> Count:

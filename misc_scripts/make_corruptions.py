@@ -7,7 +7,6 @@ so on; labels.npy has the class of each, which is the rank of its sub-folder's n
 there is skipped, so run it again after an interruption.
 """
 
-import json
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from apm.cli import OUTPUTS, Results, command, make_parser, positive_int, select_device
 from apm.corruptions import PARAMETERS, SEVERITIES, corrupt
 from apm.data import find_images, load_image, load_images
-from apm.files import atomic_path, prepare_output
+from apm.files import atomic_path, prepare_output, read_json
 from apm.preprocessing import Preprocessing
 
 JPEG_QUALITY = 85
@@ -121,11 +120,12 @@ def start(args: Namespace, results: Results, **more: Any) -> None:
     settings = {name: results.content["arguments"][name] for name in names} | more
     path = args.output / "results.json"
     if path.is_file():
-        former = json.loads(path.read_text()).get("settings", {})
+        former = read_json(path).get("settings")
         for name, value in settings.items():
-            if former.get(name) != value:
+            present = former.get(name) if isinstance(former, dict) else None
+            if present != value:
                 raise ValueError(
-                    f"{args.output}: holds corruptions with {name} {former.get(name)}, "
+                    f"{args.output}: holds corruptions with {name} {present}, "
                     f"not {value}; choose another --output"
                 )
     prepare_output(args.output)

@@ -1,12 +1,14 @@
 """Test-time training on a single CLS token (paper, section 3.2, Figure 3 and tables 1 to 3).
 
-One image (--input): a student that knows nothing learns the teacher's embedding; its islands, from
-the whole to the parts, every 50 iterations, and its loss. A data set (--dataset): the accuracy of
-teacher and students, side by side, after chosen numbers of iterations.
+One image (--input): a student that knows nothing learns the teacher's embedding; its islands every
+50 iterations, and its loss. A data set (--dataset): the accuracy of teacher and students, side by
+side, after chosen numbers of iterations.
 """
 
 import sys
+import time
 from argparse import Namespace
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from apm import APMConfig
@@ -29,8 +30,9 @@ from apm.cli import (
     seed_everything,
     select_device,
 )
+from apm.counting import torch_macs
 from apm.data import load_image
-from apm.datasets import CIFAR10_CLASSES, DATASETS, LabelledImages, load_dataset
+from apm.datasets import ALL, CIFAR10_CLASSES, DATASETS, LabelledImages, load_dataset, spread
 from apm.evaluation import RowLog, adapt_batches, image_row, row_columns, summarise
 from apm.figures import log_loss_figure
 from apm.files import file_sha256, prepare_output
@@ -39,6 +41,9 @@ from apm.pictures import panels, save_gif, save_picture
 from apm.prompts import load_templates
 from apm.teachers import TokenTeacher, load_token_teacher
 from apm.tta import TestTimeTrainer
+
+BUNDLED_TEACHER = ROOT / "checkpoints" / "clip_tiny.pt"
+TILE = 224  # px, of a picture in the figures
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -55,13 +60,17 @@ def parse(argv: list[str] | None) -> Namespace:
     """The script's flags."""
     parser = make_parser(
         __doc__,
-        *("--input", "--output", "--teacher", "--teacher-weights", "--device", "--dtype"),
-        *("--seed", "--limit"),
+        *("--input", "--output", "--teacher-weights", "--device", "--dtype", "--seed", "--limit"),
         input=ROOT / "assets" / "cat.jpg",
         output=OUTPUTS / "train_tta",
-        teacher="ViT-L/14",
     )
     add = parser.add_argument
+    add(
+        "--teacher",
+        default=str(BUNDLED_TEACHER),
+        help="a CLIP by its name (the paper's: ViT-L/14, open_clip:ViT-H-14-quickgelu/dfn5b) or "
+        "file, or a classifier of timm",
+    )
     add("--classes", type=names, default=CIFAR10_CLASSES, help="class names for --input, by commas")
     add("--templates", default="single", help="prompts: single, clip80, or a file of them")
     add("--pooling", choices=("attention", "mean"), default="attention", help="of the student")
@@ -71,7 +80,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--dataset", choices=DATASETS, help="a test set instead of one image")
     add("--data-root", type=Path, default=ROOT / "data", help="where data sets lie")
     add("--download", action="store_true", help="let torchvision fetch the data set")
-    add("--corruption", default="gaussian_noise", help="of cifar10c")
+    add("--corruption", default=ALL, help="of cifar10c: all, or the name of one")
     add("--severity", type=int, default=5, help="of cifar10c, 1 to 5")
     add("--report-at", type=numbers, default=(1, 5, 10, 20, 50), help="iterations in the table")
     add("--parallel", type=positive_int, default=1, help="students trained at once")
@@ -89,10 +98,48 @@ def embed(teacher: TokenTeacher, image: Image.Image, device: torch.device) -> Te
 
 
 def teacher_key(args: Namespace) -> dict[str, str | None]:
-    """What identifies the teacher: its name, and the hash of its weights where they are a file."""
-    files = [path for path in (args.teacher_weights, Path(args.teacher)) if path and path.is_file()]
-    weights = file_sha256(files[0]) if files else None
-    return {"teacher": Path(args.teacher).name, "weights_sha256": weights}
+    """What identifies the teacher: its name, and the hash of its weights where they are a file.
+
+    The file is read whole for that, about a second a gigabyte: a changed file is always noticed.
+    """
+    path = Path(args.teacher)
+    name, weights = (path.name, path) if path.is_file() else (args.teacher, args.teacher_weights)
+    return {"teacher": name, "weights_sha256": file_sha256(weights) if weights else None}
+
+
+def draw_islands(
+    output: Path, picture: np.ndarray, grids: Mapping[int, np.ndarray], seed: int
+) -> Path:
+    """Islands after each number of steps, as a picture and as an animation.
+
+    Args:
+        picture: ``(H, W, 3)`` uint8, the image as the student sees it.
+        grids: number of steps -> features ``(h, w, F)``.
+
+    Returns:
+        The picture.
+    """
+    greys = {f"{step} iterations": island_greys(grid, seed) for step, grid in grids.items()}
+    colours = {
+        f"{step}, in colour": island_colours(grid, seed=seed) for step, grid in grids.items()
+    }
+    blank = np.full_like(picture, 255)
+    save_picture(
+        output / "islands.png", panels([{"input": picture} | greys, {"": blank} | colours], TILE)
+    )
+    frames = [
+        panels([{"input": picture, label: grey, "in colour": colour}], TILE)
+        for (label, grey), colour in zip(greys.items(), colours.values(), strict=True)
+    ]
+    save_gif(output / "islands.gif", frames, milliseconds=600)
+    return output / "islands.png"
+
+
+def print_predictions(shares: Mapping[str, Mapping[str, float]]) -> None:
+    """The best class of teacher and student."""
+    for name, probabilities in shares.items():
+        best = max(probabilities, key=probabilities.__getitem__)
+        print(f"{name}: {best} ({probabilities[best]:.3f})")
 
 
 def run_image(
@@ -106,45 +153,41 @@ def run_image(
     target = embed(teacher, image, trainer.device)
     classes = teacher.embed_classes(args.classes, load_templates(args.templates)).cpu()
     trainer.reset(args.seed)
-    preprocessing = trainer.model.preprocessing
-    kept = range(args.every, args.iterations + 1, args.every)
+    preprocessing, side = trainer.model.preprocessing, trainer.model.config.grid_size
+    kept = [*range(args.every, args.iterations, args.every), args.iterations]
+    started = time.perf_counter()
     with tqdm(total=args.iterations, unit="step") as progress:
         adapted = trainer.adapt(preprocessing(image), target, kept, progress.update)
-    side = trainer.model.config.grid_size
-    grids = {step: grid.view(side, side, -1).numpy() for step, grid in adapted.features_at.items()}
-    greys = {step: island_greys(grid, args.seed) for step, grid in grids.items()}
-    colours = {step: island_colours(grid, seed=args.seed) for step, grid in grids.items()}
+    seconds = time.perf_counter() - started
+    grids = {step: adapted.features_at[step].view(side, side, -1).numpy() for step in kept}
     picture = np.asarray(preprocessing.picture(image))
-    labels = [f"{step} iterations" for step in grids]
-    rows = [
-        {"input": picture} | dict(zip(labels, greys.values(), strict=True)),
-        {"": np.full_like(picture, 255)}
-        | {f"{label}, in colour": c for label, c in zip(labels, colours.values(), strict=True)},
-    ]
-    save_picture(output / "islands.png", panels(rows, side=224))
-    frames = [
-        panels(
-            [{"input": picture, f"{step} iterations": greys[step], "colour": colours[step]}], 224
-        )
-        for step in grids
-    ]
-    if frames:
-        save_gif(output / "islands.gif", frames, milliseconds=600)
+    figure = draw_islands(output, picture, grids, args.seed)
     log_loss_figure(output / "loss.png", adapted.losses)
     logits = teacher.logits(torch.stack([target, adapted.pooled]), classes)
-    shares = logits.softmax(dim=1).tolist()
-    print(f"loss {adapted.losses[0]:.3g} -> {adapted.losses[-1]:.3g}")
-    for name, row in zip(("teacher", "student"), shares, strict=True):
-        best = max(range(len(row)), key=row.__getitem__)
-        print(f"{name}: {args.classes[best]} ({row[best]:.3f})")
-    print(output / "islands.png")
-    return {
-        "losses": adapted.losses,
-        "probabilities": {
-            name: dict(zip(args.classes, row, strict=True))
-            for name, row in zip(("teacher", "student"), shares, strict=True)
-        },
+    shares = {
+        name: dict(zip(args.classes, row, strict=True))
+        for name, row in zip(("teacher", "student"), logits.softmax(dim=1).tolist(), strict=True)
     }
+    losses = adapted.losses
+    print(f"loss {losses[0]:.3g} -> {losses[-1]:.3g} in {len(losses)} steps, {seconds:.1f} s")
+    print_predictions(shares)
+    print(figure)
+    return {"losses": losses, "adapt_seconds": seconds, "probabilities": shares}
+
+
+def embed_readable(
+    teacher: TokenTeacher, data: LabelledImages, chosen: list[int], trainer: TestTimeTrainer
+) -> Tensor:
+    """The teacher's embeddings of the chosen images, ``(n, F)``; NaN where one cannot be read."""
+    targets = torch.full((len(chosen), trainer.model.config.feature_dim), torch.nan)
+    for place, index in enumerate(tqdm(chosen, desc="teacher", unit="image")):
+        try:
+            image = data.images[index][0].convert("RGB")
+        except (ValueError, OSError) as error:
+            tqdm.write(f"skipped {error}", file=sys.stderr)
+        else:
+            targets[place] = embed(teacher, image, trainer.device)
+    return targets
 
 
 def run_dataset(
@@ -155,18 +198,13 @@ def run_dataset(
     output: Path,
 ) -> dict:
     """A data set: a row an image, resumed where a killed run stopped, and the table."""
-    count = min(len(data.images), args.limit or len(data.images))
+    chosen = spread(len(data.images), args.limit)
     key = teacher_key(args) | {"dataset": data.name, "data_root": str(args.data_root)}
     templates = load_templates(args.templates)
     folder = output / "cache"
-
-    def embed_all() -> Tensor:
-        indices = tqdm(range(count), desc="teacher", unit="image")
-        return torch.stack(
-            [embed(teacher, data.images[i][0].convert("RGB"), trainer.device) for i in indices]
-        )
-
-    targets = cached(folder, key | {"what": "images", "count": count}, embed_all)
+    embed_all = partial(embed_readable, teacher, data, chosen, trainer)
+    embeddings = cached(folder, key | {"what": "images", "indices": chosen}, embed_all)
+    targets = dict(zip(chosen, embeddings, strict=True))
     classes = cached(
         folder,
         key | {"what": "classes", "classes": data.class_names, "templates": templates},
@@ -185,29 +223,35 @@ def run_dataset(
     }
     row = partial(image_row, teacher=teacher, classes=classes, report_at=args.report_at)
     log = RowLog(output / "rows.csv", row_columns(args.report_at), run)
-    todo = [index for index in range(count) if index not in log.done]
-    with tqdm(total=count, initial=count - len(todo), unit="image") as progress:
+    readable = [index for index, target in targets.items() if target.isfinite().all()]
+    if not readable:
+        raise ValueError(f"{args.data_root}: none of {len(chosen)} images could be read")
+    todo = [index for index in readable if index not in log.done]
+    with tqdm(total=len(readable), initial=len(readable) - len(todo), unit="image") as progress:
         for indices, many, seconds in adapt_batches(trainer, todo, args.parallel, load, args.seed):
             log.append(
                 row(index, labels.pop(index), targets[index], adapted, seconds)
                 for index, adapted in zip(indices, many, strict=True)
             )
             progress.update(len(indices))
-    return summarise([row for row in log.rows if row["index"] < count], args.report_at)
+    summary = summarise([row for row in log.rows if row["index"] in targets], args.report_at)
+    return summary | {"skipped": len(chosen) - len(readable)}
 
 
 def step_gmacs(trainer: TestTimeTrainer) -> float:
-    """Giga multiply-adds of one step, forward and backward, as torch counts them."""
+    """Giga multiply-adds of one step, forward and backward."""
     config = trainer.model.config
     image = torch.zeros(1, 3, config.image_size, config.image_size, device=trainer.device)
-    with FlopCounterMode(display=False) as counter:
-        trainer.step(image, torch.zeros(1, config.feature_dim, device=trainer.device))
-    return counter.get_total_flops() / 2e9
+    target = torch.zeros(1, config.feature_dim, device=trainer.device)
+    return torch_macs(lambda: trainer.step(image, target)) / 1e9
 
 
 def print_table(summary: dict, gmacs: float) -> None:
     """Teacher and student by iteration."""
-    print(f"{summary['images']} images; teacher top-1 {summary['teacher_top1']:.2f} %")
+    print(
+        f"{summary['images']} images, {summary['skipped']} skipped; "
+        f"teacher top-1 {summary['teacher_top1']:.2f} %"
+    )
     print("iteration  student top-1 %  agreement %       loss  GMACs an image")
     for row in summary["iterations"]:
         print(
@@ -250,8 +294,9 @@ def main(argv: list[str] | None = None) -> None:
     numbers = work(args=args, trainer=trainer, teacher=teacher, output=output)
     if args.dataset:
         numbers["gmacs_per_iteration"] = step_gmacs(trainer)
-        print_table(numbers, numbers["gmacs_per_iteration"])
     results.save(output, **numbers)
+    if args.dataset:
+        print_table(numbers, numbers["gmacs_per_iteration"])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 from conftest import photograph
 
-from apm.datasets import CIFAR10_CLASSES, DATASETS, load_dataset, readable
+from apm.corruptions import PARAMETERS
+from apm.datasets import (
+    CIFAR10_CLASSES,
+    DATASETS,
+    load_dataset,
+    load_splits,
+    readable,
+    spread,
+)
 
 
 def test_a_folder_of_class_folders(tmp_path):
@@ -15,6 +23,25 @@ def test_a_folder_of_class_folders(tmp_path):
     assert image.size == (80, 60) and label == 1
 
 
+def test_a_limit_is_spread_over_the_set():
+    assert spread(10, None) == spread(10, 20) == list(range(10))
+    assert spread(10, 5) == [0, 2, 4, 6, 8]
+    labels = [index // 100 for index in range(1000)]  # sorted by class, as folders are
+    assert {labels[index] for index in spread(1000, 10)} == set(range(10))
+
+
+def test_a_training_set_and_its_test_set(tmp_path):
+    for folder in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        (tmp_path / folder).mkdir(parents=True)
+        photograph().save(tmp_path / folder / "a.png")
+    train, test = load_splits(tmp_path)
+    assert train.class_names == test.class_names == ("cat", "dog")
+    assert train.images.imgs != test.images.imgs
+    (tmp_path / "test" / "dog").rename(tmp_path / "test" / "fox")
+    with pytest.raises(ValueError, match="different classes"):
+        load_splits(tmp_path)
+
+
 def test_cifar10c(tmp_path):
     images = np.arange(5 * 4, dtype=np.uint8).repeat(32 * 32 * 3).reshape(20, 32, 32, 3)
     np.save(tmp_path / "fog.npy", images)
@@ -23,11 +50,16 @@ def test_cifar10c(tmp_path):
     assert data.class_names == CIFAR10_CLASSES and len(data.images) == 4
     image, label = data.images[2]
     assert image.getpixel((0, 0)) == (6, 6, 6) and label == 4
+    for name in PARAMETERS:
+        np.save(tmp_path / f"{name}.npy", images)
+    everything = load_dataset("cifar10c", tmp_path, severity=5)
+    assert len(everything.images) == 15 * 4 and everything.name == "cifar10c-all-5"
+    assert [everything.images[index][1] for index in range(8)] == [3, 1, 4, 1] * 2
     for severity in (0, 6):
         with pytest.raises(ValueError, match="severity"):
             load_dataset("cifar10c", tmp_path, corruption="fog", severity=severity)
-    with pytest.raises(ValueError, match="no CIFAR-10-C with snow"):
-        load_dataset("cifar10c", tmp_path, corruption="snow")
+    with pytest.raises(ValueError, match="no CIFAR-10-C with drizzle"):
+        load_dataset("cifar10c", tmp_path, corruption="drizzle")
     np.save(tmp_path / "odd.npy", images[:7])
     with pytest.raises(ValueError, match="five severities"):
         load_dataset("cifar10c", tmp_path, corruption="odd")

@@ -327,3 +327,33 @@ def test_a_failing_process_is_one_line(memory, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(memory, "CASES", {"no such row": memory.CASES["Swin-B, forward"]})
     assert memory.main(["--output", str(tmp_path), "--device", "cpu"]) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].count("no such row")
+
+
+def test_the_released_training_step_is_ours():
+    """Equal arithmetic, so that their times may be compared."""
+    benchmark, training = (importlib.import_module(n) for n in ("benchmark", "apm.training"))
+    one, other = make_model(), make_model()
+    trainer = training.DistillationTrainer(one, torch.zeros(16), torch.ones(16), steps=1)
+    optimizer = torch.optim.Adam(other.parameters(), lr=1e-4)
+    for _ in range(3):
+        pixels = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8)
+        targets = torch.randn(2, 16, 16)
+        images = other.preprocessing.normalise(pixels)
+        colours = training.rgb_targets(pixels / 255, 14)
+        loss = benchmark.released_training_step(other, images, targets, colours, optimizer)
+        assert sum(trainer.step([(pixels, targets)], 2)) == pytest.approx(loss, rel=1e-5)
+    for name, weights in one.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], weights, atol=1e-5, rtol=0, msg=name)
+
+
+def test_training_is_timed_with_its_data(monkeypatch):
+    benchmark = importlib.import_module("benchmark")
+    small = benchmark.APMConfig(trunk_widths=(32, 16), feature_dim=24, position_dim=32)
+    monkeypatch.setattr(benchmark.APMConfig, "coco", lambda: small)
+    monkeypatch.setattr(benchmark, "matmul_rate", lambda *_: 1e9)
+    bench = benchmark.Bench(torch.device("cpu"), repeats=1)
+    benchmark.bench_training(bench)
+    benchmark.bench_loader(bench)
+    assert [row.images for row in bench.rows] == [4, 4, 4, 16, 16]
+    assert all(row.seconds > 0 for row in bench.rows) and 0 < bench.data_wait < 1
+    benchmark.print_rows(bench.rows)

@@ -5,10 +5,15 @@ import json
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
+import torch
+from clip.model import CLIP
 from conftest import ROOT, load_script, photograph, save_tiny_clip
 from PIL import Image
+
+BUNDLED_TEACHER = ROOT / "checkpoints" / "clip_tiny.pt"
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +45,51 @@ def test_one_image_from_whole_to_parts_with_random_weights(main, tiny_clip, tmp_
     assert (output / "loss.png").exists()
 
 
+def test_the_bundled_teacher_needs_no_flags(main, tmp_path, capsys):
+    assert main(["--iterations", "2", "--every", "2", "--output", str(tmp_path)]) == 0
+    assert "teacher: cat" in capsys.readouterr().out
+    assert BUNDLED_TEACHER.stat().st_size <= 14e6
+
+
+def test_another_teacher_has_another_cache_key(tmp_path):
+    teacher_key = load_script("single_token_segmentation/train_tta.py").teacher_key
+    names = ["open_clip:ViT-B-16/openai", "open_clip:ViT-B-32/openai", "ViT-L/14"]
+    for folder, content in (("a", b"one"), ("b", b"two"), ("c", b"one")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "clip.pt").write_bytes(content)
+        names.append(str(tmp_path / folder / "clip.pt"))
+    keys = [teacher_key(Namespace(teacher=name, teacher_weights=None)) for name in names]
+    weights = tmp_path / "a" / "clip.pt"
+    keys += [teacher_key(Namespace(teacher="resnet50", teacher_weights=weights))]
+    keys += [teacher_key(Namespace(teacher="resnet50", teacher_weights=None))]
+    for index, key in enumerate(keys):
+        # A file that was only moved is the same teacher.
+        assert [other for other, found in enumerate(keys) if found == key] == (
+            [3, 5] if index in (3, 5) else [index]
+        )
+
+
+@pytest.mark.slow
+def test_clip_vit_b16_goes_through_the_whole_script_with_random_weights(main, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = CLIP(512, 224, 12, 768, 16, 77, 49408, 512, 8, 12)
+    path = tmp_path / "ViT-B-16.pt"
+    torch.save({name: value.half() for name, value in model.state_dict().items()}, path)
+    folder = tmp_path / "set" / "cat"
+    folder.mkdir(parents=True)
+    photograph().save(folder / "a.png")
+    one = ["--input", str(folder / "a.png"), "--classes", "cat,dog", "--templates", "clip80"]
+    many = ["--dataset", "imagefolder", "--data-root", str(folder.parent), "--report-at", "1,2"]
+    for name, more in (("one", one), ("many", many)):
+        output = tmp_path / name
+        command = ["--teacher", str(path), "--iterations", "2", "--output", str(output), *more]
+        assert main(command) == 0
+    assert len(results(tmp_path / "one")["losses"]) == 2
+    with (tmp_path / "many" / "rows.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 1
+    assert "1 images; teacher top-1 100.00 %" in capsys.readouterr().out
+
+
 @pytest.fixture
 def test_set(tmp_path):
     root = tmp_path / "set"
@@ -63,7 +113,7 @@ def test_a_killed_run_ends_with_the_undisturbed_table_with_random_weights(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(arguments(test_set, whole, tiny_clip)) == 0
     table = capsys.readouterr().out
-    assert "6 images; teacher top-1" in table
+    assert "6 images, 0 skipped; teacher top-1" in table
 
     script = ROOT / "single_token_segmentation" / "train_tta.py"
     process = subprocess.Popen(
