@@ -182,8 +182,8 @@ def open_source(
 def split(
     args: Namespace, preprocessing: Preprocessing, store: FeatureStore | NpyStore | None
 ) -> tuple[DistillationDataset, DistillationDataset]:
-    """Training and validation images, drawn by the seed."""
-    images = image_names(args.input, args.limit)
+    """Training and validation images, drawn by the seed: with --limit some, else all."""
+    images = image_names(args.input)
     if store:
         images = {name: path for name, path in images.items() if name in store.sizes}
         for name, size in file_sizes(images).items():
@@ -192,14 +192,14 @@ def split(
                     f"{images[name]}: {size} bytes, but --features were made of an image of "
                     f"{store.sizes[name]}; extract again, or name the same --input"
                 )
-    if len(images) <= args.validation_images:
-        raise ValueError(
-            f"{args.features if store else args.input}: {len(images)} images to learn from, "
-            f"expected more than the {args.validation_images} of --validation-images"
-        )
     names = sorted(images)
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    names = [names[index] for index in order]
+    names = [names[index] for index in order[: args.limit]]
+    if len(names) <= args.validation_images:
+        raise ValueError(
+            f"{args.features if store else args.input}: {len(names)} images to learn from, "
+            f"expected more than the {args.validation_images} of --validation-images"
+        )
     training, validation = names[args.validation_images :], names[: args.validation_images]
     return (
         DistillationDataset(

@@ -120,7 +120,7 @@ def raise_in(monkeypatch, owner, name, call):
 
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
-    [(Run, "save_checkpoint", 1), (Run, "save_checkpoint", 2), (DistillationTrainer, "_rate", 4)],
+    [(Run, "save_checkpoint", 1), (Run, "save_checkpoint", 2), (DistillationTrainer, "rate", 4)],
     ids=["first epoch's checkpoint", "last epoch's checkpoint", "step"],
 )
 def test_a_signal_at_a_bad_moment_loses_nothing(data, monkeypatch, owner, name, call):
