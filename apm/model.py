@@ -201,10 +201,15 @@ class QueryLinear(nn.Module):
         self, column: Tensor, positions: Tensor, local: Tensor | None, feature: Tensor | None = None
     ) -> Tensor:
         """``(B, D), (N, 2), (B, N, L), (B, N, F)`` -> ``(B, N, out_features)``."""
-        column_term = self.column(column)[:, None]  # (B, 1, out)
-        if self.local is not None and local is None:
-            column_term = column_term + self.local_null
-        out = column_term + self.position_term(positions)  # (B, N, out)
+        device = column.device.type
+        # The two may nearly cancel out, so their sum has full precision under autocast too.
+        with torch.autocast(device, enabled=False):
+            column_term = self.column(column.to(self.column.weight.dtype))[:, None]  # (B, 1, out)
+            if self.local is not None and local is None:
+                column_term = column_term + self.local_null
+            out = column_term + self.position_term(positions)  # (B, N, out)
+        if torch.is_autocast_enabled(device):
+            out = out.to(torch.get_autocast_dtype(device))
         if self.local is not None and local is not None:
             out += self.local(local)
         if self.feature is not None:

@@ -17,7 +17,7 @@ from apm.losses import (
     rgb_targets,
     standardised_feature_loss,
 )
-from apm.model import APM
+from apm.model import APM, APMConfig
 from apm.positional_encoding import sincos_2d
 from apm.resumable import ResumableTrainer, generator_at
 from apm.teachers import DenseTeacher
@@ -88,7 +88,7 @@ class DistillationTrainer(ResumableTrainer):
         self.mean, self.std = mean.to(self.device), std.to(self.device)
         broadcast_weights(model)
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True
+            _groups(model, learning_rate), weight_decay=weight_decay, fused=True
         )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.rate)
         self.loss_sums, self.gradient_norm = torch.zeros(2, dtype=torch.float64), 0.0
@@ -247,6 +247,16 @@ class DistillationTrainer(ResumableTrainer):
         self.loss_sums = state["loss_sums"].clone()
 
 
+def _groups(model: APM, learning_rate: float) -> list[dict[str, Any]]:
+    """Parameters and their learning rates, for the optimiser."""
+    if not looks_up(model.config):
+        return [{"params": model.parameters(), "lr": learning_rate}]
+    slow = [*model.fold.parameters(), *model.rgb_first.parameters()]
+    rest = [p for p in model.parameters() if not any(p is other for other in slow)]
+    # Adam's first steps, all of one sign, would throw a thumbnail about.
+    return [{"params": rest, "lr": learning_rate}, {"params": slow, "lr": learning_rate / 10}]
+
+
 def split_batch(batch: list[int], accumulate: int = 1) -> list[list[int]]:
     """This process's parts of a batch: of n parts in all, part p takes every n-th from p on."""
     return [batch[offset :: world_size() * accumulate] for offset in _offsets(accumulate)]
@@ -258,30 +268,54 @@ def _offsets(accumulate: int) -> range:
 
 @torch.no_grad()
 def start_at_mean(model: APM, mean: Tensor) -> None:
-    """Let a new model answer the teacher's mean feature ``(F,)`` and a grey thumbnail."""
+    """Let a new model answer the teacher's mean feature ``(F,)`` and start its RGB head."""
     model.feature_head.bias.copy_(mean)
-    # The last ReLU of the RGB head would never learn if it started dead.
+    start_rgb_head(model)
+
+
+@torch.no_grad()
+def start_rgb_head(model: APM) -> None:
+    """Draw the RGB head anew: it answers grey, or where it is wide enough a grey thumbnail."""
+    fresh = APM(model.config).to(model.fold.weight.device)
+    model.rgb_first, model.rgb_head = fresh.rgb_first, fresh.rgb_head
+    # The last ReLU would never learn if it started dead.
     last: Any = model.rgb_head[-1]
     last.bias.fill_(0.5)
-    if model.config.rgb_widths[0] >= model.config.column_dim:
+    if looks_up(model.config):
         _start_as_thumbnail(model)
 
 
+def looks_up(config: APMConfig) -> bool:
+    """Whether the RGB head has a hidden unit for every entry of the column, and one after them."""
+    return config.rgb_widths[0] >= config.column_dim and len(config.rgb_widths) > 1
+
+
 def _start_as_thumbnail(model: APM) -> None:
-    """Fold each patch to its brightness, which one hidden unit a place in the RGB head looks up.
+    """Fold each patch to its brightness, and let one hidden unit a place look its entry up.
 
     To answer entry k of the column at place k, a product of column and position, is what an MLP
     learns last from random weights. Here unit k reads entry k, and its bias keeps it shut
-    wherever the position is not like that of place k.
+    wherever the position is not that of place k. The next layers hand the open unit on.
     """
-    gain, offset, slope = 0.7, 1.5, 33.0
-    layer, places = model.rgb_first, slice(model.config.column_dim)
+    gain, least = 0.7, 0.3  # an open unit holds ``least + gain * brightness``
+    first, layers, places = model.rgb_first, list(model.rgb_head), slice(model.config.column_dim)
     brightness = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     model.fold.weight.copy_(brightness / model.config.patch_size**2)
-    encoding = sincos_2d(model.grid_positions(), model.config.position_dim)  # norm**2 is dim / 2
-    layer.position.weight[places] = slope * encoding / (model.config.position_dim / 2)
-    layer.column.weight[places] = gain * torch.eye(model.config.column_dim)
-    layer.column.bias[places] = offset - slope
-    for other in (layer.feature, layer.local):
+    model.fold.bias.zero_()
+    encoding = sincos_2d(model.grid_positions(), model.config.position_dim)
+    encoding /= model.config.position_dim / 2  # which is its square norm
+    likeness = encoding @ encoding.T * (model.config.position_dim / 2)  # 1 on the diagonal
+    slope = (least + gain) / (1 - likeness.fill_diagonal_(-1).max())  # shuts the nearest place
+    first.position.weight[places] = slope * encoding
+    first.column.weight[places] = gain * torch.eye(model.config.column_dim)
+    first.column.bias[places] = least - slope
+    for other in (first.feature, first.local):
         if other is not None:
             other.weight[places] = 0
+    for layer in layers:
+        layer.weight.mul_(0.1)  # what else there is shall not drown it
+    layers[0].weight[0, places] = 1
+    for layer in layers[1:-1]:
+        layer.weight[0, 0] = 1
+    layers[-1].weight[:, 0] = 1 / gain
+    layers[-1].bias.fill_(-least / gain)

@@ -35,7 +35,7 @@ from apm.preprocessing import Preprocessing
 from apm.run import CHECKPOINT, Run, refuse_a_second_run
 from apm.store import FeatureStore, NpyStore, describe_teacher, file_sizes, open_store
 from apm.teachers import DenseTeacher, load_dense_teacher
-from apm.training import DistillationTrainer, start_at_mean
+from apm.training import DistillationTrainer, start_at_mean, start_rgb_head
 
 CONFIGS = {"small": APMConfig.small, "coco": APMConfig.coco}
 # Flags that the trainer takes as they are.
@@ -86,6 +86,7 @@ def parse(argv: list[str] | None) -> Namespace:
     )
     add("--model", choices=sorted(CONFIGS), default="small", help="shape of the model")
     add("--init", type=Path, help="checkpoint to start from, instead of --model's random weights")
+    add("--new-rgb-head", action="store_true", help="with --init: start its RGB head anew")
     for flag, settings in SHAPE_FLAGS.items():
         add(flag, **settings)
     add_optimisation(parser)
@@ -134,6 +135,8 @@ def check(args: Namespace) -> None:
     """
     if args.init and shape_changes(args):
         raise ValueError(f"--init brings its own shape: leave out {' and '.join(SHAPE_FLAGS)}")
+    if args.new_rgb_head and not args.init:
+        raise ValueError("--new-rgb-head: a model without --init has a new one anyway")
     refuse_a_second_run(args.output, args.resume)
 
 
@@ -221,9 +224,11 @@ def teacher_statistics(
     return features.mean(dim=0), features.std(dim=0)
 
 
-def continued_model(path: Path) -> APM:
+def continued_model(path: Path, new_rgb_head: bool) -> APM:
     """A checkpoint to train further."""
     model = load_model(path)
+    if new_rgb_head:
+        start_rgb_head(model)
     # Training on right tokens undoes the released model's shift, and it is on cropped images.
     model.preprocessing = dataclasses.replace(model.preprocessing, token_offset=0, fit="crop")
     return model
@@ -231,7 +236,7 @@ def continued_model(path: Path) -> APM:
 
 def build(args: Namespace, device: torch.device) -> Run:
     """The run that the flags ask for, in an output folder claimed for it."""
-    model = continued_model(args.init) if args.init else None
+    model = continued_model(args.init, args.new_rgb_head) if args.init else None
     config = (
         model.config if model else dataclasses.replace(CONFIGS[args.model](), **shape_changes(args))
     )

@@ -277,17 +277,28 @@ def test_relational_loss_compares_all_pairs_of_places():
     assert relational_feature_loss(targets, targets, mean, std).item() == pytest.approx(0, abs=1e-5)
 
 
-def test_a_new_model_starts_with_units_that_look_up_the_column_at_their_place():
-    model = make_model(rgb_widths=(20, 8), position_dim=128, local_width=8)
-    mean = torch.randn(16)
-    start_at_mean(model, mean)
+def test_a_new_model_answers_a_grey_thumbnail_looked_up_in_its_column():
+    model = make_model(rgb_widths=(20, 8, 8), position_dim=128, local_width=8)
+    start_at_mean(model, torch.randn(16))
+    for layer in (model.feature_head, model.rgb_head[0]):  # what does not come from the column
+        torch.nn.init.zeros_(layer.weight if layer is model.feature_head else layer.weight[1:])
     images = torch.rand(1, 1, 56, 56).expand(-1, 3, -1, -1)
-    column, positions = model.encode(images), model.grid_positions()
     brightness = images[:, 0].unfold(1, 14, 14).unfold(2, 14, 14).mean(dim=(-1, -2)).flatten(1)
-    torch.testing.assert_close(column - model.fold.bias, brightness)
-    layer, feature = model.rgb_first, torch.zeros(1, 16, 16)
-    before = layer(column, positions, None, feature)[0, :, :16]  # (places, units)
-    assert (before.argmax(dim=0) == torch.arange(16)).all()
-    # A unit answers its own entry of the column and no other.
-    change = layer(column + torch.eye(16)[5], positions, None, feature)[0, :, :16] - before
-    assert (change.abs().amax(dim=0) > 0.1).nonzero().flatten().tolist() == [5]
+    column = model.encode(images)
+    torch.testing.assert_close(column, brightness)
+    for entry in range(16):
+        changed = column.clone()
+        changed[0, entry] += 0.1
+        change = (model.query(changed)[1] - model.query(column)[1])[0].mean(dim=-1)
+        expected = 0.1 * torch.eye(16)[entry]
+        torch.testing.assert_close(change, expected, atol=0.02, rtol=0)
+
+
+def test_cancelling_terms_keep_their_precision_under_autocast():
+    model = make_model(rgb_widths=(20, 8), position_dim=128, local_width=8)
+    start_at_mean(model, torch.randn(16))
+    images = torch.rand(1, 3, 56, 56)
+    exact = model(images)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(images)[1].float()
+    torch.testing.assert_close(rounded, exact, atol=0.02, rtol=0)
