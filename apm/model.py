@@ -289,7 +289,7 @@ class APM(nn.Module):
         self.preprocessing = Preprocessing(image_size=config.image_size, scaling="imagenet")
         self.provenance: dict[str, Any] = {}
         widths = config.trunk_widths
-        self.fold = nn.Conv2d(3, 1, config.patch_size, stride=config.patch_size)
+        self.fold: nn.Module = nn.Conv2d(3, 1, config.patch_size, stride=config.patch_size)
         self.local_patch = LocalPatch(config) if config.local_width else None
         self.trunk_first = QueryLinear(config, widths[0])
         self.trunk = nn.ModuleList(map(nn.Linear, widths[:-1], widths[1:]))
@@ -299,6 +299,11 @@ class APM(nn.Module):
         self.rgb_head = nn.ModuleList(map(nn.Linear, rgb_widths[:-1], rgb_widths[1:]))
         if config.pooling == "attention":
             self.attention_pool = AttentionPool(config.feature_dim, config.pool_heads, widths[-1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.feature_head.weight.device
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Fold and answer the whole grid.
@@ -423,7 +428,7 @@ class APM(nn.Module):
 
     def grid_positions(self, height: int | None = None, width: int | None = None) -> Tensor:
         """``(height * width, 2)`` grid points row by row; default the model's own grid."""
-        side, device = self.config.grid_size, self.fold.weight.device
+        side, device = self.config.grid_size, self.device
         rows = torch.arange(side if height is None else height, device=device, dtype=torch.float32)
         columns = torch.arange(side if width is None else width, device=device, dtype=torch.float32)
         return torch.cartesian_prod(rows, columns)

@@ -57,7 +57,7 @@ def perceive(
     """
     picture = model.preprocessing.picture(image)
     images = model.preprocessing.normalise(to_pixels(picture))[None]
-    images = images.to(model.fold.weight.device)
+    images = images.to(model.device)
     with precision(images.device, dtype):
         column = model.encode(images)
         answers = query_in_memory(model, column, chunk_size, images if local else None)

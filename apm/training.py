@@ -84,7 +84,7 @@ class DistillationTrainer(ResumableTrainer):
         self.feature_loss = feature_loss
         self.accumulate, self.teacher = accumulate, teacher
         self.dtype, self.seed, self.step_index = dtype, seed, 0
-        self.device = model.fold.weight.device
+        self.device = model.device
         self.mean, self.std = mean.to(self.device), std.to(self.device)
         broadcast_weights(model)
         self.optimizer = torch.optim.AdamW(
@@ -276,7 +276,7 @@ def start_at_mean(model: APM, mean: Tensor) -> None:
 @torch.no_grad()
 def start_rgb_head(model: APM) -> None:
     """Draw the RGB head anew: it answers grey, or where it is wide enough a grey thumbnail."""
-    fresh = APM(model.config).to(model.fold.weight.device)
+    fresh = APM(model.config).to(model.device)
     model.rgb_first, model.rgb_head = fresh.rgb_first, fresh.rgb_head
     # The last ReLU would never learn if it started dead.
     last: Any = model.rgb_head[-1]
@@ -298,10 +298,12 @@ def _start_as_thumbnail(model: APM) -> None:
     wherever the position is not that of place k. The next layers hand the open unit on.
     """
     gain, least = 0.7, 0.3  # an open unit holds ``least + gain * brightness``
-    first, layers, places = model.rgb_first, list(model.rgb_head), slice(model.config.column_dim)
+    first, places = model.rgb_first, slice(model.config.column_dim)
+    fold: Any = model.fold
+    layers: list[Any] = list(model.rgb_head)
     brightness = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-    model.fold.weight.copy_(brightness / model.config.patch_size**2)
-    model.fold.bias.zero_()
+    fold.weight.copy_(brightness / model.config.patch_size**2)
+    fold.bias.zero_()
     encoding = sincos_2d(model.grid_positions(), model.config.position_dim)
     encoding /= model.config.position_dim / 2  # which is its square norm
     likeness = encoding @ encoding.T * (model.config.position_dim / 2)  # 1 on the diagonal

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apm import APM, APMConfig, load_model
 from apm.cli import (
@@ -234,8 +234,14 @@ def continued_model(path: Path, new_rgb_head: bool) -> APM:
     return model
 
 
-def build(args: Namespace, device: torch.device) -> Run:
-    """The run that the flags ask for, in an output folder claimed for it."""
+def build(args: Namespace, device: torch.device, fold: nn.Module | None = None) -> Run:
+    """The run that the flags ask for, in an output folder claimed for it.
+
+    Args:
+        args: the flags.
+        device: where to train.
+        fold: makes the columns, instead of the model's own.
+    """
     model = continued_model(args.init, args.new_rgb_head) if args.init else None
     config = (
         model.config if model else dataclasses.replace(CONFIGS[args.model](), **shape_changes(args))
@@ -254,6 +260,8 @@ def build(args: Namespace, device: torch.device) -> Run:
     if model is None:
         model = APM(dataclasses.replace(config, feature_dim=len(mean)))
         start_at_mean(model, mean)
+    if fold is not None:
+        model.fold = fold
     run = Run(
         trainer=DistillationTrainer(
             model.to(device),
