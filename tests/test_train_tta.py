@@ -87,7 +87,7 @@ def test_clip_vit_b16_goes_through_the_whole_script_with_random_weights(main, tm
     assert len(results(tmp_path / "one")["losses"]) == 2
     with (tmp_path / "many" / "rows.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 1
-    assert "1 images; teacher top-1 100.00 %" in capsys.readouterr().out
+    assert "1 images, 0 skipped; teacher top-1 100.00 %" in capsys.readouterr().out
 
 
 @pytest.fixture
