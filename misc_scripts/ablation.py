@@ -26,7 +26,7 @@ from apm.scores import island_scores, location_labels
 from apm.teachers import DenseTeacher, load_dense_teacher
 
 BASE = (
-    "--epochs 4 --batch-size 16 --locations 256 --null-share 0.25 --learning-rate 1.2e-3 "
+    "--epochs 3 --batch-size 16 --locations 256 --null-share 0.25 --learning-rate 1.2e-3 "
     "--warmup 50 --weight-decay 0.05 --schedule cosine --rgb-weight 10 --augment "
     "--dtype bfloat16 --feature-loss relational --validation-images 64"
 )
@@ -41,7 +41,7 @@ ROWS: dict[str, tuple[str, str]] = {
     CLS_ROW: (BLOCK, ""),
     "loss: mse": (BLOCK, "--feature-loss mse"),
     "loss: standardised": (BLOCK, "--feature-loss standardised"),
-    "a quarter of the images, as many steps": (BLOCK, "--limit 464 --epochs 16"),
+    "a quarter of the images, as many steps": (BLOCK, "--limit 464 --epochs 12"),
     "teacher block 8": ("8", ""),
     "teacher block 11, the last": ("11", ""),
     "trunk 384-256-256": (BLOCK, "--trunk-widths 384,256,256"),
