@@ -206,6 +206,20 @@ def test_more_parts_than_images_are_refused(data, capsys):
     assert "3 images are the whole batch, expected at least 4" in capsys.readouterr().err
 
 
+def test_a_new_rgb_head_starts_anew_and_nothing_else_does(data, capsys):
+    still = ("--learning-rate", "0", "--epochs", "1")
+    assert main(flags(data, "run", "--new-rgb-head", *still)) == 0
+    before, after = (load_model(path) for path in (data / "tiny.pth", data / "run" / "apm.pth"))
+    assert not torch.allclose(before.rgb_head[0].weight, after.rgb_head[0].weight, atol=1e-2)
+    for name, tensor in after.state_dict().items():
+        if "rgb" not in name and "fold" not in name:
+            torch.testing.assert_close(tensor, before.state_dict()[name], atol=2e-3, rtol=0)
+    arguments = flags(data, "other", "--new-rgb-head")
+    index = arguments.index("--init")
+    assert main(arguments[:index] + arguments[index + 2 :]) == 2
+    assert "--new-rgb-head: a model without --init has a new one" in capsys.readouterr().err
+
+
 def test_a_run_into_a_folder_in_use_is_refused_before_the_work(data, monkeypatch, capsys):
     lock = (data / "run" / ".lock").resolve()
     lock.parent.mkdir()

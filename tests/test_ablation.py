@@ -1,0 +1,72 @@
+"""The ablation script: its rows are trained, scored, kept."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import load_script, photograph
+from PIL import Image
+
+from apm.data import image_names
+from apm.store import StoreWriter, file_sizes, pack
+from apm.teachers import DenseTeacher
+
+ablation = load_script("misc_scripts/ablation.py")
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    """A few photographs with random features, masks of two classes, rows of one short epoch."""
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    for index in range(3):
+        photograph(448, 448, seed=index).save(tmp_path / "images" / f"p{index}.png")
+        mask = np.ones((448, 448), np.uint8)
+        mask[:200] = 2
+        Image.fromarray(mask).save(tmp_path / "masks" / f"p{index}.png")
+    paths = image_names(tmp_path / "images")
+    meta = {"teacher": "none", "grid_size": 32, "feature_dim": 8, "store_dtype": "float16"}
+    (tmp_path / "stores" / ablation.BLOCK).mkdir(parents=True)
+    writer = StoreWriter(tmp_path / "stores" / ablation.BLOCK, meta, file_sizes(paths))
+    features = torch.randn(3, 1024, 8, generator=torch.Generator().manual_seed(0))
+    writer.write(0, writer.shards[0], pack(features, "float16"), {})
+    short = "--epochs 1 --batch-size 2 --validation-images 1 --locations 16 --local-width 8 "
+    monkeypatch.setattr(ablation, "BASE", short + "--local-blocks 0,1 --trunk-widths 16,8")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "vit.pth")
+    flags = {"input": "images", "stores": "stores", "scored": "images", "masks": "masks"}
+    flags |= {"output": "out", "teacher-weights": "vit.pth"}
+    return [word for k, v in flags.items() for word in (f"--{k}", str(tmp_path / v))]
+
+
+def test_rows_are_trained_scored_and_kept_with_random_weights(arguments, tmp_path, capsys):
+    rows = ["base", "no local patch", ablation.CLS_ROW]
+    assert ablation.main([*arguments, "--rows", *rows]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert list(results) == rows
+    assert all(row["images"] == 3 and -1 <= row["ari"] <= 1 for row in results.values())
+    state = tmp_path / "out" / "base" / "last.pth"
+    written = state.stat().st_mtime_ns
+    assert ablation.main([*arguments, "--rows", "base"]) == 0
+    assert state.stat().st_mtime_ns == written  # nothing is trained twice
+    again = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert again["base"] == results["base"]
+    assert ablation.main([*arguments, "--rows", "base", "--masks", str(tmp_path / "stores")]) == 2
+    assert "no image in this folder" in capsys.readouterr().err
+
+
+def test_an_unknown_row_is_refused(arguments):
+    with pytest.raises(SystemExit, match="2"):
+        ablation.main([*arguments, "--rows", "nothing"])
+
+
+def test_the_column_of_a_token_is_linear_in_the_cls_token_with_random_weights():
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224").eval()
+    fold = ablation.TokenFold(DenseTeacher(vit, grid_size=14), 20)
+    images = torch.rand(2, 3, 224, 224)
+    tokens = vit.forward_features((images - 0.5) / 0.5)[:, 0]
+    torch.testing.assert_close(fold(images), fold.linear(tokens))
+    assert [name for name, _ in fold.named_parameters()] == ["linear.weight", "linear.bias"]
