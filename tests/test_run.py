@@ -207,7 +207,7 @@ def test_more_parts_than_images_are_refused(data, capsys):
 
 
 def test_a_new_rgb_head_starts_anew_and_nothing_else_does(data, capsys):
-    still = ("--learning-rate", "0", "--epochs", "1")
+    still = ("--learning-rate", "0", "--epochs", "1", "--seed", "1")
     assert main(flags(data, "run", "--new-rgb-head", *still)) == 0
     before, after = (load_model(path) for path in (data / "tiny.pth", data / "run" / "apm.pth"))
     assert not torch.allclose(before.rgb_head[0].weight, after.rgb_head[0].weight, atol=1e-2)
