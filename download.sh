@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Download what does not come with the repository:
 #
-#   ./download.sh [checkpoint | coco-val | coco-train | all]...   (default: checkpoint coco-val)
+#   ./download.sh [checkpoint | coco-val | coco-train | all]...   (default: coco-val checkpoint)
 #
 #   checkpoint   the paper's model_15.pth -> checkpoints/, its data.zip -> data/paper/
 #   coco-val     COCO val2017, 1 GB       -> data/coco/val2017/
@@ -12,7 +12,8 @@
 # the archives and the number of images are compared.
 #
 #   APM_DOWNLOAD_BASE   a mirror with model_15.pth, data.zip, val2017.zip and train2017.zip. The
-#                       checkpoint needs it: the address of the paper's server is not known here.
+#                       checkpoint needs it, and without it ends in an error: the address of the
+#                       paper's server is not known here.
 #   APM_DOWNLOAD_STALL  seconds without data after which a connection is given up (default 30)
 #   PYTHON              interpreter (default: .venv/bin/python, else python3)
 set -euo pipefail

@@ -1,9 +1,9 @@
-"""What matters in the bundled checkpoint: one change a row, each trained and scored alike.
+"""What matters in a small APM: one change a row, each trained and scored alike.
 
-A row is a run of train.py from random weights, then the mean ARI of its k-means islands against
-semantic masks. --stores holds one feature store for each of the teacher's blocks that rows ask for,
-named after it, made by 1_extract_coco_features.py. What is done is kept: give the command again to
-go on, or with more --rows.
+A row is a short run of train.py from random weights, then the mean ARI of its k-means islands
+against semantic masks. --stores holds one feature store for each of the teacher's blocks that rows
+ask for, made by 1_extract_coco_features.py and named after it: 4, 8 and 11 for all rows. Give the
+command again after an interruption: a row that was trained is only scored again.
 """
 
 import sys
@@ -30,6 +30,7 @@ BASE = (
     "--warmup 50 --weight-decay 0.05 --schedule cosine --rgb-weight 10 --augment "
     "--dtype bfloat16 --feature-loss relational --validation-images 64"
 )
+VALIDATION_IMAGES = 64  # of BASE
 BLOCK = "4"
 CLS_ROW = "column from the teacher's CLS token"
 # Row: the teacher's block, and flags that differ from BASE.
@@ -41,7 +42,7 @@ ROWS: dict[str, tuple[str, str]] = {
     CLS_ROW: (BLOCK, ""),
     "loss: mse": (BLOCK, "--feature-loss mse"),
     "loss: standardised": (BLOCK, "--feature-loss standardised"),
-    "a quarter of the images, as many steps": (BLOCK, "--limit 464 --epochs 12"),
+    "a quarter of the images, as many steps": (BLOCK, "--limit {quarter} --epochs 12"),
     "teacher block 8": ("8", ""),
     "teacher block 11, the last": ("11", ""),
     "trunk 384-256-256": (BLOCK, "--trunk-widths 384,256,256"),
@@ -88,6 +89,8 @@ def train_row(name: str, args: Namespace, device: torch.device) -> APM:
     """The model of one row."""
     block, changes = ROWS[name]
     folder = "".join(letter if letter.isalnum() else "_" for letter in name)
+    images = len(image_names(args.input)) - VALIDATION_IMAGES
+    changes = changes.format(quarter=images // 4 + VALIDATION_IMAGES)
     flags = [*BASE.split(), *changes.split(), "--resume", "--device", str(device)]
     flags += ["--workers", str(args.workers), "--input", str(args.input)]
     flags += ["--features", str(args.stores / block), "--output", str(args.output / folder)]

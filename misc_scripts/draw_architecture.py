@@ -191,14 +191,10 @@ def save_small(path: Path, figure: Figure) -> None:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(
-        __doc__,
-        "--checkpoint",
-        "--input",
-        "--output",
-        "--seed",
-        input=ROOT / "assets" / "cat.jpg",
-        output=OUTPUTS / "draw_architecture",
+    output = OUTPUTS / "draw_architecture"
+    parser = make_parser(__doc__, "--checkpoint", "--output", "--seed", output=output)
+    parser.add_argument(
+        "--input", type=Path, default=ROOT / "assets" / "cat.jpg", help="image file"
     )
     args = parser.parse_args(argv)
     image = load_image(args.input)

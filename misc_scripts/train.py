@@ -1,8 +1,9 @@
 """Train an APM on a teacher's dense features (paper, section 3): feature loss + RGB loss.
 
-Defaults are the paper's: Adam, learning rate 1e-4, batches of 64, mean squared errors. A run that
-was stopped goes on with --resume, to the same weights as without the stop. Under torchrun every
-batch is shared out over the processes, and the result is that of one process:
+Defaults are the paper's, but for the model (--model coco): Adam, learning rate 1e-4, batches of 64,
+mean squared errors. A run that was stopped goes on with --resume, to the same weights as without
+the stop. Under torchrun every batch is shared out over the processes, and the result is that of one
+process:
 
     torchrun --nproc-per-node 8 misc_scripts/train.py
 """

@@ -60,11 +60,11 @@ def parse(argv: list[str] | None) -> Namespace:
     """The script's flags."""
     parser = make_parser(
         __doc__,
-        *("--input", "--output", "--teacher-weights", "--device", "--dtype", "--seed", "--limit"),
-        input=ROOT / "assets" / "cat.jpg",
+        *("--output", "--teacher-weights", "--device", "--dtype", "--seed", "--limit"),
         output=OUTPUTS / "train_tta",
     )
     add = parser.add_argument
+    add("--input", type=Path, default=ROOT / "assets" / "cat.jpg", help="image file")
     add(
         "--teacher",
         default=str(BUNDLED_TEACHER),
