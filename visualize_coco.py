@@ -15,7 +15,7 @@ from PIL import Image
 
 from apm import APM, load_model
 from apm.cli import OUTPUTS, ROOT, Results, command, make_parser, seed_everything, select_device
-from apm.data import image_names, load_images, load_labels
+from apm.data import image_names, load_images
 from apm.files import prepare_output
 from apm.island_figures import island_row
 from apm.islands import island_colours
@@ -23,7 +23,7 @@ from apm.losses import rgb_targets
 from apm.percept import perceive
 from apm.pictures import heat_map, overlay, panels, save_gallery, save_picture
 from apm.preprocessing import to_pixels
-from apm.scores import island_scores, location_labels
+from apm.scores import island_scores, mask_labels, mean_scores, pair_with_masks
 from apm.teachers import DenseTeacher, load_dense_teacher
 
 
@@ -87,7 +87,8 @@ def features_of(
         "position": model.grid_positions().cpu().numpy().reshape(side, side, 2),
     }
     if args.score and model.config.local_width:
-        arrays["column alone"] = perceive(model, image, dtype=args.dtype, local=False).features
+        alone = perceive(model, image, chunk_size=args.chunk_size, dtype=args.dtype, local=False)
+        arrays["column alone"] = alone.features
     if teacher is not None:
         answers = teacher(pixels.to(teacher.mean.device))[0]
         arrays["teacher"] = answers.unflatten(0, (side, side)).cpu().numpy()
@@ -115,8 +116,7 @@ def draw(arrays: dict[str, np.ndarray], args: Namespace, path: Path) -> None:
 
 def score(arrays: dict[str, np.ndarray], mask: Path, model: APM, seed: int) -> dict:
     """ARI and NMI of every kind of feature on one picture; empty if its mask has one class."""
-    labels = model.preprocessing.labels(load_labels(mask))
-    labels = location_labels(labels, model.config.patch_size)
+    labels = mask_labels(mask, model)
     rows = {}
     for name in ("student", "column alone", "teacher", "colour", "position"):
         if name in arrays:
@@ -126,28 +126,17 @@ def score(arrays: dict[str, np.ndarray], mask: Path, model: APM, seed: int) -> d
     return rows
 
 
-def summarise(scored: list[dict]) -> dict[str, dict[str, float]]:
-    """Mean scores over the pictures that could be scored."""
-    return {
-        name: {
-            "ari": float(np.mean([rows[name][0] for rows in scored])),
-            "nmi": float(np.mean([rows[name][1] for rows in scored])),
-            "images": len(scored),
-        }
-        for name in (scored[0] if scored else ())
-    }
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = select_device(args.device)
-    paths = image_names(args.input, None if args.score else args.limit)
+    masks: dict[str, Path] = {}
     if args.score:
-        masks = image_names(args.masks)
-        paths = dict([item for item in paths.items() if item[0] in masks][: args.limit])
-        if not paths:
-            raise ValueError(f"{args.masks}: no mask is named as an image of {args.input}")
+        pairs = list(pair_with_masks(args.input, args.masks).items())[: args.limit]
+        paths = {name: image for name, (image, _) in pairs}
+        masks = {name: mask for name, (_, mask) in pairs}
+    else:
+        paths = image_names(args.input, args.limit)
     model = load_model(args.checkpoint, device)
     teacher = build_teacher(args, model, device)
     output = prepare_output(args.output)
@@ -163,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             figures.append(Path(f"{name}.png"))
             draw(arrays, args, output / figures[-1])
-    scores = summarise([rows for rows in scored if rows])
+    scores = mean_scores(scored)
     if args.score and not scores:
         raise ValueError(f"{args.masks}: no mask has two classes with 10 locations each")
     results.save(output, images=len(paths) - len(skipped), skipped=skipped, scores=scores)

@@ -77,10 +77,16 @@ class Preprocessing:
         """``(..., 3, H, W)`` uint8 RGB -> the same in float32 and the checkpoint's colours."""
         colours = self.colours(pixels)
         if self.scaling == "imagenet":
-            order = -1 if self.channels == "BGR" else 1
-            mean, std = colours.new_tensor([IMAGENET_MEAN[::order], IMAGENET_STD[::order]])
-            colours = (colours - mean[:, None, None]) / std[:, None, None]
+            mean, std = self.statistics().to(colours.device)[..., None, None]
+            colours = (colours - mean) / std
         return colours
+
+    def statistics(self) -> Tensor:
+        """``(2, 3)``: what ``normalise`` subtracts from the ``colours``, and divides them by."""
+        if self.scaling != "imagenet":
+            return torch.tensor([[0.0] * 3, [1.0] * 3])
+        order = -1 if self.channels == "BGR" else 1
+        return torch.tensor([IMAGENET_MEAN[::order], IMAGENET_STD[::order]])
 
     def colours(self, pixels: Tensor) -> Tensor:
         """What the RGB head answers for ``(..., 3, H, W)`` uint8 RGB: [0, 1], before ImageNet's."""

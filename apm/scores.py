@@ -1,20 +1,52 @@
 """How well islands agree with human masks: k-means on the locations against the mask's classes."""
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
 import numpy as np
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+from apm.data import image_names, load_labels
+from apm.model import APM
 
 UNLABELLED = 0
 MIN_LOCATIONS = 10
 PCA_DIM = 32
 
 
+def pair_with_masks(images: Path, masks: Path) -> dict[str, tuple[Path, Path]]:
+    """Images of a folder that have a mask of their name in another: name -> image, mask.
+
+    Raises:
+        FileNotFoundError: if a folder is not there or empty.
+        ValueError: if no names agree.
+    """
+    found = image_names(masks)
+    pairs = {
+        name: (path, found[name]) for name, path in image_names(images).items() if name in found
+    }
+    if not pairs:
+        raise ValueError(f"{masks}: no mask is named as an image of {images}")
+    return pairs
+
+
+def mask_labels(mask: Path, model: APM) -> np.ndarray:
+    """The class of each of a model's locations, ``(N,)``, from the mask of an image.
+
+    Raises:
+        ValueError: if the mask cannot be read.
+    """
+    labels = model.preprocessing.labels(load_labels(mask))
+    return location_labels(labels, model.config.patch_size)
+
+
 def location_labels(mask: np.ndarray, patch_size: int) -> np.ndarray:
     """Majority label of each patch: ``(H, W)`` int -> ``(h * w,)``, row by row."""
     height, width = mask.shape[0] // patch_size, mask.shape[1] // patch_size
-    patches = mask.reshape(height, patch_size, width, patch_size).swapaxes(1, 2)
-    patches = patches.reshape(height * width, patch_size**2)
+    tiles = mask.reshape(height, patch_size, width, patch_size).swapaxes(1, 2)
+    patches = tiles.reshape(height * width, patch_size**2)
     return np.array([np.bincount(patch).argmax() for patch in patches])
 
 
@@ -47,3 +79,22 @@ def island_scores(
         adjusted_rand_score(labels[labelled], clusters[labelled]),
         normalized_mutual_info_score(labels[labelled], clusters[labelled]),
     )
+
+
+def mean_scores(
+    scored: Sequence[Mapping[str, tuple[float, float]]],
+) -> dict[str, dict[str, float]]:
+    """Mean ARI and NMI of each kind of features over the pictures that could be scored.
+
+    Args:
+        scored: for each picture name -> ``island_scores``; empty if it could not be scored.
+    """
+    rows = [row for row in scored if row]
+    return {
+        name: {
+            "ari": float(np.mean([row[name][0] for row in rows])),
+            "nmi": float(np.mean([row[name][1] for row in rows])),
+            "images": len(rows),
+        }
+        for name in (rows[0] if rows else ())
+    }

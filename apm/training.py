@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from apm.cli import precision
 from apm.distributed import broadcast_weights, rank, sum_over_processes, world_size
@@ -17,7 +17,7 @@ from apm.losses import (
     rgb_targets,
     standardised_feature_loss,
 )
-from apm.model import APM, APMConfig
+from apm.model import APM
 from apm.positional_encoding import sincos_2d
 from apm.resumable import ResumableTrainer, generator_at
 from apm.teachers import DenseTeacher
@@ -249,7 +249,7 @@ class DistillationTrainer(ResumableTrainer):
 
 def _groups(model: APM, learning_rate: float) -> list[dict[str, Any]]:
     """Parameters and their learning rates, for the optimiser."""
-    if not looks_up(model.config):
+    if not looks_up(model):
         return [{"params": model.parameters(), "lr": learning_rate}]
     slow = [*model.fold.parameters(), *model.rgb_first.parameters()]
     rest = [p for p in model.parameters() if not any(p is other for other in slow)]
@@ -275,19 +275,24 @@ def start_at_mean(model: APM, mean: Tensor) -> None:
 
 @torch.no_grad()
 def start_rgb_head(model: APM) -> None:
-    """Draw the RGB head anew: it answers grey, or where it is wide enough a grey thumbnail."""
+    """Draw the RGB head anew: it answers grey, or where it is wide enough a grey thumbnail.
+
+    For the thumbnail the fold is made anew as well.
+    """
     fresh = APM(model.config).to(model.device)
     model.rgb_first, model.rgb_head = fresh.rgb_first, fresh.rgb_head
     # The last ReLU would never learn if it started dead.
     last: Any = model.rgb_head[-1]
     last.bias.fill_(0.5)
-    if looks_up(model.config):
+    if looks_up(model):
         _start_as_thumbnail(model)
 
 
-def looks_up(config: APMConfig) -> bool:
-    """Whether the RGB head has a hidden unit for every entry of the column, and one after them."""
-    return config.rgb_widths[0] >= config.column_dim and len(config.rgb_widths) > 1
+def looks_up(model: APM) -> bool:
+    """Whether the RGB head has a hidden unit for every patch that the fold reads, and one after."""
+    widths = model.config.rgb_widths
+    wide = widths[0] >= model.config.column_dim and len(widths) > 1
+    return wide and isinstance(model.fold, nn.Conv2d)
 
 
 def _start_as_thumbnail(model: APM) -> None:
@@ -301,9 +306,12 @@ def _start_as_thumbnail(model: APM) -> None:
     first, places = model.rgb_first, slice(model.config.column_dim)
     fold: Any = model.fold
     layers: list[Any] = list(model.rgb_head)
-    brightness = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-    fold.weight.copy_(brightness / model.config.patch_size**2)
-    fold.bias.zero_()
+    brightness = torch.tensor([0.299, 0.587, 0.114])
+    if model.preprocessing.channels == "BGR":
+        brightness = brightness.flip(0)
+    mean, std = model.preprocessing.statistics()
+    fold.weight.copy_((brightness * std / model.config.patch_size**2).view(1, 3, 1, 1))
+    fold.bias.fill_(brightness @ mean)
     encoding = sincos_2d(model.grid_positions(), model.config.position_dim)
     encoding /= model.config.position_dim / 2  # which is its square norm
     likeness = encoding @ encoding.T * (model.config.position_dim / 2)  # 1 on the diagonal

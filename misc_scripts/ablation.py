@@ -3,34 +3,36 @@
 A row is a short run of train.py from random weights, then the mean ARI of its k-means islands
 against semantic masks. --stores holds one feature store for each of the teacher's blocks that rows
 ask for, made by 1_extract_coco_features.py and named after it: 4, 8 and 11 for all rows. Give the
-command again after an interruption: a row that was trained is only scored again.
+command again after an interruption: a row that was trained is only scored again. results.json keeps
+the rows of former calls.
 """
 
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import train
 from torch import Tensor, nn
 
-from apm import APM, APMConfig
+from apm import APM
 from apm.cli import OUTPUTS, Results, command, make_parser, seed_everything, select_device
-from apm.data import image_names, load_images, load_labels
-from apm.files import prepare_output
+from apm.data import load_images
+from apm.files import prepare_output, read_json
 from apm.percept import perceive
-from apm.scores import island_scores, location_labels
+from apm.scores import island_scores, mask_labels, mean_scores, pair_with_masks
+from apm.store import open_store
 from apm.teachers import DenseTeacher, load_dense_teacher
 
+VALIDATION_IMAGES = 64
 BASE = (
     "--epochs 3 --batch-size 16 --locations 256 --null-share 0.25 --learning-rate 1.2e-3 "
     "--warmup 50 --weight-decay 0.05 --schedule cosine --rgb-weight 10 --augment "
-    "--dtype bfloat16 --feature-loss relational --validation-images 64"
+    f"--dtype bfloat16 --feature-loss relational --validation-images {VALIDATION_IMAGES}"
 )
-VALIDATION_IMAGES = 64  # of BASE
 BLOCK = "4"
 CLS_ROW = "column from the teacher's CLS token"
 # Row: the teacher's block, and flags that differ from BASE.
@@ -51,18 +53,28 @@ ROWS: dict[str, tuple[str, str]] = {
 
 
 class TokenFold(nn.Module):
-    """The paper's T_vit: the column is a linear map of a frozen ViT's CLS token."""
+    """The paper's T_vit: the column is a linear map of a frozen ViT's CLS token.
 
-    def __init__(self, teacher: DenseTeacher, column_dim: int) -> None:
+    A checkpoint with such a fold lacks the ViT, and ``load_model`` refuses it.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, teacher: DenseTeacher, model: APM) -> None:
         super().__init__()
         self.teacher = [teacher]  # in a list: no part of what is trained or saved
-        self.linear = nn.Linear(teacher.feature_dim, column_dim)
+        self.linear = nn.Linear(teacher.feature_dim, model.config.column_dim)
+        mean, std = model.preprocessing.statistics()
+        self.register_buffer("mean", mean.view(3, 1, 1), persistent=False)
+        self.register_buffer("std", std.view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, H)`` RGB in [0, 1] -> ``(B, column_dim)``."""
+        """``(B, 3, H, H)``, RGB preprocessed for the model -> ``(B, column_dim)``."""
         teacher = self.teacher[0]
         side = teacher.grid_size * teacher.vit.patch_embed.patch_size[0]
         with torch.no_grad():
+            images = images * self.std + self.mean
             images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
             tokens = teacher.vit.forward_features((images - teacher.mean) / teacher.std)
         return self.linear(tokens[:, 0])
@@ -88,48 +100,52 @@ def parse(argv: list[str] | None) -> Namespace:
 def train_row(name: str, args: Namespace, device: torch.device) -> APM:
     """The model of one row."""
     block, changes = ROWS[name]
+    store = args.stores / block
+    quarter = (len(open_store(store).sizes) - VALIDATION_IMAGES) // 4 + VALIDATION_IMAGES
     folder = "".join(letter if letter.isalnum() else "_" for letter in name)
-    images = len(image_names(args.input)) - VALIDATION_IMAGES
-    changes = changes.format(quarter=images // 4 + VALIDATION_IMAGES)
-    flags = [*BASE.split(), *changes.split(), "--resume", "--device", str(device)]
-    flags += ["--workers", str(args.workers), "--input", str(args.input)]
-    flags += ["--features", str(args.stores / block), "--output", str(args.output / folder)]
-    fold = None
-    seed_everything(0)
+    flags = [*BASE.split(), *changes.format(quarter=quarter).split(), "--resume"]
+    flags += ["--device", str(device), "--workers", str(args.workers), "--input", str(args.input)]
+    flags += ["--features", str(store), "--output", str(args.output / folder)]
+    make_fold = None
     if name == CLS_ROW:
-        teacher = load_dense_teacher(args.teacher, args.teacher_weights, grid_size=14)
-        fold = TokenFold(teacher.to(device), APMConfig.small().column_dim).to(device)
-    run = train.build(train.parse(flags), device, fold)
+        teacher = load_dense_teacher(args.teacher, args.teacher_weights, grid_size=14).to(device)
+        make_fold = partial(TokenFold, teacher)
+    seed_everything(0)
+    run = train.build(train.parse(flags), device, make_fold)
     run.train()
     return run.trainer.model.eval()
 
 
-def score(model: APM, args: Namespace) -> dict[str, float]:
-    """Mean ARI and NMI over the images that have a mask of at least two classes."""
-    masks = image_names(args.masks)
-    paths = {name: path for name, path in image_names(args.scored).items() if name in masks}
-    if not paths:
-        raise ValueError(f"{args.masks}: no mask is named as an image of {args.scored}")
+def score(model: APM, pairs: dict[str, tuple[Path, Path]]) -> dict[str, float]:
+    """Mean ARI and NMI over the images whose masks have at least two classes.
+
+    Raises:
+        ValueError: if there is none.
+    """
     scored = []
-    for name, image in load_images(paths, {}):
-        labels = model.preprocessing.labels(load_labels(masks[name]))
-        labels = location_labels(labels, model.config.patch_size)
-        features = perceive(model, image).features.reshape(len(labels), -1)
-        if (values := island_scores(features, labels)) is not None:
-            scored.append(values)
-    ari, nmi = np.mean(scored, axis=0).tolist()
-    return {"ari": ari, "nmi": nmi, "images": len(scored)}
+    for name, image in load_images({name: path for name, (path, _) in pairs.items()}, {}):
+        features, labels = perceive(model, image).features, mask_labels(pairs[name][1], model)
+        if (values := island_scores(features.reshape(len(labels), -1), labels)) is not None:
+            scored.append({"student": values})
+    if not scored:
+        raise ValueError("--masks: no mask has two classes with 10 locations each")
+    return mean_scores(scored)["student"]
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = select_device(args.device)
+    pairs = pair_with_masks(args.scored, args.masks)
+    for block in sorted({ROWS[name][0] for name in args.rows}):
+        open_store(args.stores / block)  # all of them, before hours of training
     output = prepare_output(args.output)
     results = Results(args, device)
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Any] = {}
+    if (output / "results.json").exists():
+        rows = read_json(output / "results.json").get("rows", {})
     for name in args.rows:
-        rows[name] = score(train_row(name, args, device), args)
+        rows[name] = score(train_row(name, args, device), pairs)
         results.save(output, rows=rows)
         print(f"{name:40} ARI {rows[name]['ari']:.3f}  NMI {rows[name]['nmi']:.3f}", flush=True)
 

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,12 @@ def parse(argv: list[str] | None) -> Namespace:
     )
     add("--model", choices=sorted(CONFIGS), default="small", help="shape of the model")
     add("--init", type=Path, help="checkpoint to start from, instead of --model's random weights")
-    add("--new-rgb-head", action="store_true", help="with --init: start its RGB head anew")
+    add(
+        "--new-rgb-head",
+        action="store_true",
+        help="with --init: start its RGB head anew,"
+        " and its fold where that is what a wide head reads",
+    )
     for flag, settings in SHAPE_FLAGS.items():
         add(flag, **settings)
     add_optimisation(parser)
@@ -235,13 +241,15 @@ def continued_model(path: Path, new_rgb_head: bool) -> APM:
     return model
 
 
-def build(args: Namespace, device: torch.device, fold: nn.Module | None = None) -> Run:
+def build(
+    args: Namespace, device: torch.device, make_fold: Callable[[APM], nn.Module] | None = None
+) -> Run:
     """The run that the flags ask for, in an output folder claimed for it.
 
     Args:
         args: the flags.
         device: where to train.
-        fold: makes the columns, instead of the model's own.
+        make_fold: given a new model, returns what makes its columns instead of its own fold.
     """
     model = continued_model(args.init, args.new_rgb_head) if args.init else None
     config = (
@@ -260,9 +268,9 @@ def build(args: Namespace, device: torch.device, fold: nn.Module | None = None) 
     mean, std = teacher_statistics(validation, teacher, device)
     if model is None:
         model = APM(dataclasses.replace(config, feature_dim=len(mean)))
+        if make_fold:
+            model.fold = make_fold(model)
         start_at_mean(model, mean)
-    if fold is not None:
-        model.fold = fold
     run = Run(
         trainer=DistillationTrainer(
             model.to(device),

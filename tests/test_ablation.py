@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import load_script, photograph
+from conftest import load_script, make_model, photograph
 from PIL import Image
 
 from apm.data import image_names
+from apm.preprocessing import Preprocessing
 from apm.store import StoreWriter, file_sizes, pack
 from apm.teachers import DenseTeacher
 
@@ -33,6 +34,7 @@ def arguments(tmp_path, monkeypatch):
     features = torch.randn(3, 1024, 8, generator=torch.Generator().manual_seed(0))
     writer.write(0, writer.shards[0], pack(features, "float16"), {})
     short = "--epochs 1 --batch-size 2 --validation-images 1 --locations 16 --local-width 8 "
+    monkeypatch.setattr(ablation, "VALIDATION_IMAGES", 1)
     monkeypatch.setattr(ablation, "BASE", short + "--local-blocks 0,1 --trunk-widths 16,8")
     torch.manual_seed(0)
     torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "vit.pth")
@@ -51,10 +53,11 @@ def test_rows_are_trained_scored_and_kept_with_random_weights(arguments, tmp_pat
     written = state.stat().st_mtime_ns
     assert ablation.main([*arguments, "--rows", "base"]) == 0
     assert state.stat().st_mtime_ns == written  # nothing is trained twice
-    again = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
-    assert again["base"] == results["base"]
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == results
     assert ablation.main([*arguments, "--rows", "base", "--masks", str(tmp_path / "stores")]) == 2
     assert "no image in this folder" in capsys.readouterr().err
+    assert ablation.main([*arguments, "--rows", "base", "teacher block 8"]) == 2
+    assert "8" in capsys.readouterr().err
 
 
 def test_an_unknown_row_is_refused(arguments):
@@ -65,8 +68,12 @@ def test_an_unknown_row_is_refused(arguments):
 def test_the_column_of_a_token_is_linear_in_the_cls_token_with_random_weights():
     torch.manual_seed(0)
     vit = timm.create_model("vit_tiny_patch16_224").eval()
-    fold = ablation.TokenFold(DenseTeacher(vit, grid_size=14), 20)
-    images = torch.rand(2, 3, 224, 224)
-    tokens = vit.forward_features((images - 0.5) / 0.5)[:, 0]
-    torch.testing.assert_close(fold(images), fold.linear(tokens))
+    model = make_model()
+    model.preprocessing = Preprocessing(image_size=56, scaling="imagenet")
+    fold = ablation.TokenFold(DenseTeacher(vit, grid_size=14), model)
+    pixels = torch.randint(256, (2, 3, 224, 224), dtype=torch.uint8)
+    tokens = vit.forward_features((pixels / 255 - 0.5) / 0.5)[:, 0]
+    column = fold(model.preprocessing.normalise(pixels))
+    torch.testing.assert_close(column, fold.linear(tokens), atol=1e-4, rtol=1e-4)
+    assert column.shape == (2, 16)
     assert [name for name, _ in fold.named_parameters()] == ["linear.weight", "linear.bias"]
