@@ -49,8 +49,11 @@ def parse(argv: list[str] | None) -> Namespace:
 def build_teacher(args: Namespace, model: APM, device: torch.device) -> DenseTeacher | None:
     """The teacher that the flags name; block and margin default to those of the checkpoint."""
     trained = model.provenance.get("teacher")
-    if not isinstance(trained, dict):  # a file may say anything
-        trained = {}
+    kinds = {"teacher": str, "block": int, "margin": int}
+    if not isinstance(trained, dict) or not all(
+        isinstance(trained.get(name), kind) for name, kind in kinds.items()
+    ):
+        trained = {}  # a file may say anything
     name = args.teacher or (args.teacher_weights and trained.get("teacher"))
     if not name:
         return None

@@ -22,6 +22,9 @@ from apm.model import APM, APMConfig
 from apm.preprocessing import Preprocessing
 
 FORMAT = "apm-checkpoint"
+ZIP_MAGIC = b"PK\x03\x04"
+# Two large terms whose sum is small: half precision would lose it.
+CANCELLING = ("rgb_first.position.weight", "rgb_first.column.bias")
 
 # What tensors and plain values are pickled with. torch's own list is longer and has functions whose
 # result can be larger than any file (bytearray, encode).
@@ -47,14 +50,18 @@ def save_model(
     Args:
         model: its config, preprocessing and weights are saved.
         provenance: how the model was made, as plain values; default the model's own.
-        dtype: precision of the saved weights; float16 halves the file.
+        dtype: precision of the saved weights, but for a few that stay in float32; float16 halves
+            the file.
     """
     content = {
         "format": FORMAT,
         "config": dataclasses.asdict(model.config),
         "preprocessing": dataclasses.asdict(model.preprocessing),
         "provenance": model.provenance if provenance is None else provenance,
-        "weights": {name: tensor.to("cpu", dtype) for name, tensor in model.state_dict().items()},
+        "weights": {
+            name: tensor.to("cpu", torch.float32 if name in CANCELLING else dtype)
+            for name, tensor in model.state_dict().items()
+        },
     }
     save_tensors(path, content)
 
@@ -117,7 +124,10 @@ def _pickles(path: Path) -> Iterator[IO[bytes]]:
         ValueError: if the archive is larger unpacked than packed; torch does not compress.
     """
     with path.open("rb") as file:
-        if not zipfile.is_zipfile(file):
+        # As torch tells them apart; Python would also find an archive behind something else.
+        is_archive = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+        file.seek(0)
+        if not is_archive:
             yield from [file] * 5
             return
         with zipfile.ZipFile(file) as archive:
@@ -159,6 +169,8 @@ def _build(content: Any, size: int) -> APM:
         raise ValueError(
             f"preprocessing for {preprocessing.image_size} px, model for {config.image_size} px"
         )
+    if preprocessing.token_offset > config.column_dim - config.grid_size:
+        raise ValueError(f"token_offset {preprocessing.token_offset} is more than the grid holds")
     _check_weights(weights, size)
     layers = len(config.trunk_widths) + len(config.rgb_widths)
     layers += sum(config.local_blocks) if config.local_width else 0

@@ -213,7 +213,7 @@ class DistillationDataset(Dataset):
         features = self.store.read(self.names[index]) if self.store else torch.empty(0)
         if not self.augment:
             return to_pixels(picture), features.half()
-        random = np.random.default_rng((self.seed, self.epoch, index))
+        random = np.random.default_rng((self.seed % 2**32, self.epoch, index))
         side = min(random.uniform(0.5, 1.5), 1)  # of the crop, as a share of the picture's
         left, top = random.uniform(0, 1 - side, size=2)
         flip = random.random() < 0.5

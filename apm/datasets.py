@@ -14,6 +14,7 @@ from torchvision import datasets
 from apm.corruptions import PARAMETERS
 from apm.data import load_image
 from apm.files import read_array
+from apm.teachers import imagenet_index, imagenet_names
 
 
 class Images(Protocol):
@@ -150,7 +151,7 @@ def readable(class_name: str) -> str:
     """A class name as a sentence would have it: no underscores, no WordNet ids."""
     info = _imagenet()
     if class_name in info.label_names():
-        class_name = info.label_name_to_description(class_name).split(",")[0]
+        class_name = imagenet_names()[imagenet_index(class_name)]
     return class_name.strip("/").replace("/", " ").replace("_", " ").lower()
 
 

@@ -322,12 +322,17 @@ class APM(nn.Module):
         Raises:
             ValueError: if the images have another shape.
         """
+        self._check_images(images)
+        return self.fold(images).flatten(1)
+
+    def _check_images(self, images: Tensor, count: int | None = None) -> None:
         side = self.config.image_size
         if images.ndim != 4 or images.shape[1:] != (3, side, side):
             raise ValueError(
                 f"images have shape {tuple(images.shape)}, expected (B, 3, {side}, {side})"
             )
-        return self.fold(images).flatten(1)
+        if count is not None and len(images) != count:
+            raise ValueError(f"{len(images)} images for {count} columns")
 
     def query(
         self,
@@ -362,7 +367,12 @@ class APM(nn.Module):
             )
         if positions is None:
             positions = self.grid_positions()
+        if positions.ndim != 2 or positions.shape[1] != 2:
+            raise ValueError(f"positions have shape {tuple(positions.shape)}, expected (N, 2)")
+        positions = positions.float()
         chunks = positions.split(chunk_size or max(len(positions), 1))
+        if images is not None:
+            self._check_images(images, len(column))
         local_maps = self.local_maps(images)
         answers = (self._answer(column, chunk, local_maps) for chunk in chunks)
         features, rgb = zip(*answers, strict=True)

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -298,11 +299,24 @@ def _imagenet_indices() -> dict[str, int]:
     info = timm.data.ImageNetInfo()
     names = [info.index_to_description(i).lower().split(", ") for i in range(info.num_classes())]
     indices: dict[str, int] = {}
-    # A name is the class's whose first name it is; of two such classes the first one's.
-    for synonyms in (slice(1, None), slice(1)):
-        for index in reversed(range(len(names))):
-            indices.update(dict.fromkeys(names[index][synonyms], index))
+    for index in reversed(range(len(names))):  # of two classes with one synonym the first one's
+        indices.update(dict.fromkeys(names[index], index))
+    indices |= {name: index for index, name in enumerate(imagenet_names())}
     return indices | {info.index_to_label_name(i): i for i in range(len(names))}
+
+
+@functools.cache
+def imagenet_names() -> tuple[str, ...]:
+    """A name for each class of ImageNet-1k, no two alike."""
+    info = timm.data.ImageNetInfo()
+    synonyms = [info.index_to_description(i).lower().split(", ") for i in range(info.num_classes())]
+    first = Counter(names[0] for names in synonyms)
+    chosen = [
+        names[0] if first[names[0]] == 1 else next((n for n in names if n not in first), names[0])
+        for names in synonyms
+    ]
+    chosen[134], chosen[517] = "crane bird", "construction crane"  # "crane" both, and nothing else
+    return tuple(chosen)
 
 
 def imagenet_index(name: str) -> int:

@@ -47,7 +47,7 @@ class TestTimeTrainer:
     pooled output is computed without features or keys for each location.
 
     Args:
-        config: the student's shape, with a pooled head.
+        model: the student, with a pooled head; default the paper's. Its weights are redrawn.
         iterations: steps for each image.
         learning_rate: Adam's, multiplied by ``decay`` every ``decay_every`` steps.
         dtype: precision of the matrix products, ``"float32"`` or ``"bfloat16"``.
@@ -61,7 +61,7 @@ class TestTimeTrainer:
 
     def __init__(
         self,
-        config: APMConfig | None = None,
+        model: APM | None = None,
         *,
         iterations: int = 20,
         learning_rate: float = 1e-4,
@@ -70,15 +70,15 @@ class TestTimeTrainer:
         dtype: str = "float32",
         device: torch.device | str = "cpu",
     ) -> None:
-        config = config or APMConfig.tta()
-        if config.pooling is None:
+        model = model or APM(APMConfig.tta())
+        if model.config.pooling is None:
             raise ValueError("test-time training needs a student with pooling, got pooling None")
         if iterations < 1:
             raise ValueError(f"iterations {iterations} must be at least 1")
         self.iterations, self.learning_rate = iterations, learning_rate
         self.decay, self.decay_every = decay, decay_every
         self.dtype, self.device = dtype, torch.device(device)
-        self._student = _Student(APM(config)).to(self.device)
+        self._student = _Student(model).to(self.device)
         self.reset(0)
 
     @property

@@ -49,7 +49,10 @@ def severities(text: str) -> list[int]:
 
 def parse(argv: list[str] | None) -> Namespace:
     parser = make_parser(
-        __doc__, *("--input", "--output", "--seed", "--limit"), output=OUTPUTS / "make_corruptions"
+        __doc__,
+        *("--input", "--output", "--seed", "--limit", "--workers"),
+        output=OUTPUTS / "make_corruptions",
+        workers=2,
     )
     add = parser.add_argument
     add("--layout", choices=("folder", "npy"), default="folder", help="how results are laid out")
@@ -63,7 +66,6 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--severities", type=severities, default="1,2,3,4,5", help="some of these")
     add("--frost-textures", type=Path, help="folder of photographs of frost, which frost needs")
     add("--image-size", type=positive_int, help="side of the centre square (default: as it is)")
-    add("--workers", type=int, default=2, help="threads that corrupt images")
     args = parser.parse_args(argv)
     if args.input is None:
         raise ValueError("--input is needed: a folder of images")
@@ -166,7 +168,7 @@ def write_files(
             return
         try:
             pixels = recipe.pixels(load_image(paths[name]))
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             skipped[str(paths[name])] = str(error)
             return
         for version, target in missing.items():

@@ -32,7 +32,7 @@ from apm.cli import (
 )
 from apm.data import DistillationDataset, image_names
 from apm.distributed import claim_gpu, process_group, rank, wait_for_all, world_size
-from apm.files import prepare_output
+from apm.files import file_sha256, prepare_output
 from apm.preprocessing import Preprocessing
 from apm.run import CHECKPOINT, Run, refuse_a_second_run
 from apm.store import FeatureStore, NpyStore, describe_teacher, file_sizes, open_store
@@ -118,7 +118,13 @@ def add_optimisation(parser: ArgumentParser) -> None:
         help="parts in which a process works through"
         " its share of a batch, one after the other: less memory, same result",
     )
-    add("--learning-rate", type=float, default=1e-4, help="peak learning rate")
+    add(
+        "--learning-rate",
+        type=float,
+        default=1e-4,
+        help="peak learning rate; a tenth for the fold and the RGB head's first layer where that"
+        " looks the column up, as in --model small",
+    )
     add("--weight-decay", type=float, default=0.0, help="decoupled weight decay")
     add("--schedule", choices=("constant", "cosine"), default="constant", help="learning rate")
     add("--warmup", type=int, default=0, help="steps of linear warm-up")
@@ -283,7 +289,7 @@ def build(
         training=training,
         validation=validation,
         output=args.output,
-        settings=run_settings(args, training.names, source),
+        settings=run_settings(args, training.names, source, model.preprocessing),
         provenance={
             "init": model.provenance,
             "teacher": source,
@@ -300,19 +306,27 @@ def build(
     return run
 
 
-def run_settings(args: Namespace, names: list[str], source: dict[str, Any]) -> dict[str, Any]:
+def run_settings(
+    args: Namespace, names: list[str], source: dict[str, Any], preprocessing: Preprocessing
+) -> dict[str, Any]:
     """What decides the weights: flags, but for paths, the training images, how features are made.
 
     Args:
         args: the flags.
         names: of the training images.
         source: as of ``open_source``.
+        preprocessing: of the model.
     """
     flags = {k: v for k, v in vars(args).items() if k not in FREE and not isinstance(v, Path)}
     if args.schedule == "constant":
         del flags["epochs"]
     digest = hashlib.sha256("\n".join(names).encode(errors="surrogatepass"))
-    return flags | {"training images": digest.hexdigest(), "features": source}
+    return flags | {
+        "training images": digest.hexdigest(),
+        "features": source,
+        "--init": args.init and file_sha256(args.init),
+        "preprocessing": dataclasses.asdict(preprocessing),
+    }
 
 
 @command

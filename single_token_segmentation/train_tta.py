@@ -7,7 +7,7 @@ side, after chosen numbers of iterations.
 
 import sys
 import time
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from apm import APMConfig
+from apm import APM, APMConfig
 from apm.cache import cached
 from apm.cli import (
     OUTPUTS,
@@ -39,7 +39,7 @@ from apm.files import file_sha256, prepare_output
 from apm.islands import island_colours, island_greys
 from apm.pictures import panels, save_gif, save_picture
 from apm.prompts import load_templates
-from apm.teachers import TokenTeacher, load_token_teacher
+from apm.teachers import ClassifierTeacher, TokenTeacher, imagenet_names, load_token_teacher
 from apm.tta import TestTimeTrainer
 
 BUNDLED_TEACHER = ROOT / "checkpoints" / "clip_tiny.pt"
@@ -53,7 +53,10 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def names(text: str) -> tuple[str, ...]:
     """An argparse type: class names, separated by commas."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    found = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not found:
+        raise ArgumentTypeError(f"{text!r} names no class")
+    return found
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -71,7 +74,11 @@ def parse(argv: list[str] | None) -> Namespace:
         help="a CLIP by its name (the paper's: ViT-L/14, open_clip:ViT-H-14-quickgelu/dfn5b) or "
         "file, or a classifier of timm",
     )
-    add("--classes", type=names, default=CIFAR10_CLASSES, help="class names for --input, by commas")
+    add(
+        "--classes",
+        type=names,
+        help="class names for --input, by commas (default: CIFAR-10's, of a classifier ImageNet's)",
+    )
     add("--templates", default="single", help="prompts: single, clip80, or a file of them")
     add("--pooling", choices=("attention", "mean"), default="attention", help="of the student")
     add("--iterations", type=positive_int, help="steps (default: 250, with --dataset 50)")
@@ -151,7 +158,10 @@ def run_image(
 ) -> dict:
     """One image: islands, loss curve, predictions."""
     target = embed(teacher, image, trainer.device)
-    classes = teacher.embed_classes(args.classes, load_templates(args.templates)).cpu()
+    names = args.classes or (
+        imagenet_names() if isinstance(teacher, ClassifierTeacher) else CIFAR10_CLASSES
+    )
+    classes = teacher.embed_classes(names, load_templates(args.templates)).cpu()
     trainer.reset(args.seed)
     preprocessing, side = trainer.model.preprocessing, trainer.model.config.grid_size
     kept = [*range(args.every, args.iterations, args.every), args.iterations]
@@ -165,7 +175,7 @@ def run_image(
     log_loss_figure(output / "loss.png", adapted.losses)
     logits = teacher.logits(torch.stack([target, adapted.pooled]), classes)
     shares = {
-        name: dict(zip(args.classes, row, strict=True))
+        name: dict(zip(names, row, strict=True))
         for name, row in zip(("teacher", "student"), logits.softmax(dim=1).tolist(), strict=True)
     }
     losses = adapted.losses
@@ -176,7 +186,11 @@ def run_image(
 
 
 def embed_readable(
-    teacher: TokenTeacher, data: LabelledImages, chosen: list[int], trainer: TestTimeTrainer
+    teacher: TokenTeacher,
+    data: LabelledImages,
+    chosen: list[int],
+    trainer: TestTimeTrainer,
+    report: bool = True,
 ) -> Tensor:
     """The teacher's embeddings of the chosen images, ``(n, F)``; NaN where one cannot be read."""
     targets = torch.full((len(chosen), trainer.model.config.feature_dim), torch.nan)
@@ -184,7 +198,8 @@ def embed_readable(
         try:
             image = data.images[index][0].convert("RGB")
         except (ValueError, OSError) as error:
-            tqdm.write(f"skipped {error}", file=sys.stderr)
+            if report:
+                tqdm.write(f"skipped {error}", file=sys.stderr)
         else:
             targets[place] = embed(teacher, image, trainer.device)
     return targets
@@ -202,8 +217,11 @@ def run_dataset(
     key = teacher_key(args) | {"dataset": data.name, "data_root": str(args.data_root)}
     templates = load_templates(args.templates)
     folder = output / "cache"
-    embed_all = partial(embed_readable, teacher, data, chosen, trainer)
+    embed_all = partial(embed_readable, teacher, data, chosen, trainer, report=False)
     embeddings = cached(folder, key | {"what": "images", "indices": chosen}, embed_all)
+    if failed := [place for place, row in enumerate(embeddings) if row.isnan().any()]:
+        again = [chosen[place] for place in failed]  # what failed may have been repaired
+        embeddings[failed] = embed_readable(teacher, data, again, trainer)
     targets = dict(zip(chosen, embeddings, strict=True))
     classes = cached(
         folder,
@@ -282,7 +300,7 @@ def main(argv: list[str] | None = None) -> None:
     teacher = load_token_teacher(args.teacher, args.teacher_weights).to(device)
     width = embed(teacher, Image.new("RGB", (64, 64)), device).shape[0]
     trainer = TestTimeTrainer(
-        APMConfig.tta(width, pooling=args.pooling),
+        APM(APMConfig.tta(width, pooling=args.pooling)),
         iterations=args.iterations,
         learning_rate=args.learning_rate,
         dtype=args.dtype,

@@ -1,4 +1,5 @@
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from reference import coco, tta
 
 from apm import load_model, save_model
 from apm.checkpoint import from_released
+from apm.training import start_at_mean
 
 
 def assert_same_weights(one, other):
@@ -124,3 +126,29 @@ def test_a_failed_save_leaves_nothing(tmp_path, model):
     with pytest.raises(Exception, match=r".+"):
         save_model(tmp_path / "model.pth", model)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_torch_files_of_the_old_format_load_and_archives_behind_them_change_nothing(
+    tmp_path, model
+):
+    save_model(tmp_path / "new.pth", model)
+    content = torch.load(tmp_path / "new.pth")
+    old = tmp_path / "old.pth"
+    torch.save(content, old, _use_new_zipfile_serialization=False)
+    for name, tensor in load_model(old).state_dict().items():
+        torch.testing.assert_close(tensor, model.state_dict()[name])
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
+        pass
+    hidden = b"\x80\x04c__builtin__\nbytearray\nJ\x00\xe1\xf5\x05\x85R."  # 100 MB
+    old.write_bytes(hidden + (tmp_path / "empty.zip").read_bytes())
+    with pytest.raises(ValueError, match="bytearray"):
+        load_model(old)
+
+
+def test_terms_that_nearly_cancel_are_saved_in_full_precision(tmp_path):
+    model = make_model(rgb_widths=(20, 8), position_dim=128)
+    start_at_mean(model, torch.zeros(16))
+    save_model(tmp_path / "half.pth", model, dtype=torch.float16)
+    images = torch.rand(1, 3, 56, 56)
+    answers = load_model(tmp_path / "half.pth").query(model.encode(images))[1]
+    torch.testing.assert_close(answers, model.query(model.encode(images))[1], atol=3e-3, rtol=0)

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import timm.data
 from conftest import photograph
 
 from apm.corruptions import PARAMETERS
@@ -11,6 +12,7 @@ from apm.datasets import (
     readable,
     spread,
 )
+from apm.teachers import imagenet_index, imagenet_names
 
 
 def test_a_folder_of_class_folders(tmp_path):
@@ -76,3 +78,11 @@ def test_readable_names():
     assert readable("apple_pie") == "apple pie"
     assert readable("/a/airfield") == "a airfield"
     assert readable("n03888257") == "parachute"
+
+
+def test_imagenet_names_are_unique_and_each_is_its_own_class():
+    names = imagenet_names()
+    assert len(set(names)) == 1000
+    assert [imagenet_index(name) for name in names] == list(range(1000))
+    folders = timm.data.ImageNetInfo().label_names()
+    assert [imagenet_index(readable(folder)) for folder in folders] == list(range(1000))

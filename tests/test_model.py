@@ -211,3 +211,17 @@ def test_wrong_shapes_and_chunks_are_named(model):
 def test_an_impossible_config_is_refused(change):
     with pytest.raises(ValueError, match=r".+"):
         make_model(**change)
+
+
+def test_wrong_positions_and_images_are_refused_and_doubles_are_welcome():
+    model = make_model(local_width=8)
+    images = torch.rand(2, 3, 56, 56)
+    column, positions = model.encode(images), model.grid_positions()
+    expected = model.query(column, positions, images=images)[0]
+    torch.testing.assert_close(model.query(column, positions.double(), images=images)[0], expected)
+    with pytest.raises(ValueError, match=r"positions have shape \(16, 3\)"):
+        model.query(column, torch.zeros(16, 3))
+    with pytest.raises(ValueError, match=r"images have shape"):
+        model.query(column, images=images[..., :28, :28])
+    with pytest.raises(ValueError, match="1 images for 2 columns"):
+        model.query(column, images=images[:1])

@@ -172,6 +172,15 @@ def test_a_run_is_not_written_over_nor_continued_with_other_settings(data, capsy
     make_store(data / "images", data / "other", "float16", teacher="other")
     assert main(flags(data, "run", "--resume", features="other")) == 2
     assert "made with features {'format'" in capsys.readouterr().err
+    arguments = flags(data, "run", "--resume")
+    index = arguments.index("--init")
+    other = [*arguments[: index + 1], str(data / "other.pth"), *arguments[index + 2 :]]
+    with torch.no_grad():
+        changed = load_model(data / "tiny.pth")
+        changed.feature_head.bias += 1
+    save_model(data / "other.pth", changed)
+    assert main(other) == 2
+    assert "made with --init" in capsys.readouterr().err
     assert (data / "run" / STATE).read_bytes() == state
     (data / "images" / "p03.png").unlink()
     assert main(flags(data, "run", "--resume")) == 2

@@ -4,7 +4,7 @@ from conftest import TINY, make_model
 from reference import grid_encoding
 from torch import nn
 
-from apm import APMConfig
+from apm import APM, APMConfig
 from apm.tta import TestTimeTrainer
 
 STUDENT = APMConfig(**TINY | {"pooling": "attention", "pool_heads": 2})
@@ -60,7 +60,7 @@ def image_and_target():
 def test_the_step_is_the_released_step(image_and_target):
     """Losses and pooled output over several steps of Adam, and across a drop of the rate."""
     image, target = (tensor.double() for tensor in image_and_target)
-    trainer = TestTimeTrainer(STUDENT, iterations=12, learning_rate=1e-2, decay_every=5)
+    trainer = TestTimeTrainer(APM(STUDENT), iterations=12, learning_rate=1e-2, decay_every=5)
     trainer.model.double()  # Adam divides rounding noise by itself where a gradient is near 0
     with torch.no_grad():  # larger weights than the released ones, so that every part matters
         for parameter in trainer.model.parameters():
@@ -85,7 +85,7 @@ def test_the_step_is_the_released_step(image_and_target):
 
 
 def test_reset_forgets_everything(image_and_target):
-    trainer = TestTimeTrainer(STUDENT, iterations=5, learning_rate=1e-2, decay_every=3)
+    trainer = TestTimeTrainer(APM(STUDENT), iterations=5, learning_rate=1e-2, decay_every=3)
     first = trainer.adapt(*image_and_target)
     continued = trainer.adapt(*image_and_target)
     assert continued.losses[0] < first.losses[0]
@@ -98,7 +98,8 @@ def test_reset_forgets_everything(image_and_target):
 
 
 def test_reset_draws_every_parameter():
-    trainer = TestTimeTrainer(APMConfig(**TINY | {"trunk_widths": (256, 64), "pooling": "mean"}))
+    config = APMConfig(**TINY | {"trunk_widths": (256, 64), "pooling": "mean"})
+    trainer = TestTimeTrainer(APM(config))
     for seed in (3, 4):
         trainer.reset(seed)
         drawn = torch.cat([parameter.flatten() for parameter in trainer.model.parameters()])
@@ -109,7 +110,7 @@ def test_reset_draws_every_parameter():
 
 def test_outputs_are_those_of_the_trained_student(image_and_target):
     image, target = image_and_target
-    trainer = TestTimeTrainer(STUDENT, iterations=4, learning_rate=1e-2)
+    trainer = TestTimeTrainer(APM(STUDENT), iterations=4, learning_rate=1e-2)
     result = trainer.adapt(image, target, features_at=(0, 2))
     with torch.inference_mode():
         features, _ = trainer.model(image[None])
@@ -131,7 +132,7 @@ def test_outputs_are_those_of_the_trained_student(image_and_target):
 def test_many_students_are_as_many_single_runs(pooling, local_width):
     changes = {"pooling": pooling, "pool_heads": 2, "local_width": local_width}
     trainer = TestTimeTrainer(
-        APMConfig(**TINY | changes), iterations=20, learning_rate=1e-3, decay_every=8
+        APM(APMConfig(**TINY | changes)), iterations=20, learning_rate=1e-3, decay_every=8
     )
     images, targets = torch.rand(8, 3, 56, 56), torch.randn(8, 16)
     together = trainer.adapt_many(images, targets, seeds=range(8), features_at=(5,))
@@ -147,7 +148,7 @@ def test_many_students_are_as_many_single_runs(pooling, local_width):
 
 
 def test_many_students_leave_the_trainers_own_alone():
-    trainer = TestTimeTrainer(STUDENT, iterations=2)
+    trainer = TestTimeTrainer(APM(STUDENT), iterations=2)
     before = [parameter.clone() for parameter in trainer.model.parameters()]
     trainer.adapt_many(torch.rand(2, 3, 56, 56), torch.randn(2, 16), seeds=(1, 2))
     for old, new in zip(before, trainer.model.parameters(), strict=True):
@@ -163,13 +164,13 @@ def test_pooled_is_pool_of_the_features(pooling):
 
 
 def test_a_perfect_student_fits_its_target(image_and_target):
-    trainer = TestTimeTrainer(STUDENT, iterations=400, learning_rate=1e-2, decay_every=300)
+    trainer = TestTimeTrainer(APM(STUDENT), iterations=400, learning_rate=1e-2, decay_every=300)
     losses = trainer.adapt(*image_and_target).losses
     assert losses[-1] < 1e-6 * losses[0]
 
 
 def test_impossible_settings_are_refused():
     with pytest.raises(ValueError, match="pooling None"):
-        TestTimeTrainer(APMConfig(**TINY))
+        TestTimeTrainer(APM(APMConfig(**TINY)))
     with pytest.raises(ValueError, match="iterations 0"):
-        TestTimeTrainer(STUDENT, iterations=0)
+        TestTimeTrainer(APM(STUDENT), iterations=0)
