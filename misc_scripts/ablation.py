@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from apm import APM
 from apm.cli import OUTPUTS, Results, command, make_parser, seed_everything, select_device
-from apm.data import load_images
+from apm.data import image_names, load_images
 from apm.files import prepare_output, read_json
 from apm.percept import perceive
 from apm.scores import island_scores, mask_labels, mean_scores, pair_with_masks
@@ -101,7 +101,8 @@ def train_row(name: str, args: Namespace, device: torch.device) -> APM:
     """The model of one row."""
     block, changes = ROWS[name]
     store = args.stores / block
-    quarter = (len(open_store(store).sizes) - VALIDATION_IMAGES) // 4 + VALIDATION_IMAGES
+    images = len(image_names(args.input).keys() & open_store(store).sizes.keys())
+    quarter = (images - VALIDATION_IMAGES) // 4 + VALIDATION_IMAGES
     folder = "".join(letter if letter.isalnum() else "_" for letter in name)
     flags = [*BASE.split(), *changes.format(quarter=quarter).split(), "--resume"]
     flags += ["--device", str(device), "--workers", str(args.workers), "--input", str(args.input)]
