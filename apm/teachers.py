@@ -295,21 +295,15 @@ def _load_classifier(name: str, weights: str | Path | None) -> ClassifierTeacher
 
 
 @functools.cache
-def _imagenet_indices() -> dict[str, int]:
+def _imagenet_synonyms() -> list[list[str]]:
     info = timm.data.ImageNetInfo()
-    names = [info.index_to_description(i).lower().split(", ") for i in range(info.num_classes())]
-    indices: dict[str, int] = {}
-    for index in reversed(range(len(names))):  # of two classes with one synonym the first one's
-        indices.update(dict.fromkeys(names[index], index))
-    indices |= {name: index for index, name in enumerate(imagenet_names())}
-    return indices | {info.index_to_label_name(i): i for i in range(len(names))}
+    return [info.index_to_description(i).lower().split(", ") for i in range(info.num_classes())]
 
 
 @functools.cache
 def imagenet_names() -> tuple[str, ...]:
     """A name for each class of ImageNet-1k, no two alike."""
-    info = timm.data.ImageNetInfo()
-    synonyms = [info.index_to_description(i).lower().split(", ") for i in range(info.num_classes())]
+    synonyms = _imagenet_synonyms()
     first = Counter(names[0] for names in synonyms)
     chosen = [
         names[0] if first[names[0]] == 1 else next((n for n in names if n not in first), names[0])
@@ -317,6 +311,15 @@ def imagenet_names() -> tuple[str, ...]:
     ]
     chosen[134], chosen[517] = "crane bird", "construction crane"  # "crane" both, and nothing else
     return tuple(chosen)
+
+
+@functools.cache
+def _imagenet_indices() -> dict[str, int]:
+    info, indices = timm.data.ImageNetInfo(), dict[str, int]()
+    for index, synonyms in reversed(list(enumerate(_imagenet_synonyms()))):
+        indices |= dict.fromkeys(synonyms, index)  # of two classes with one synonym the first one's
+    indices |= {name: index for index, name in enumerate(imagenet_names())}
+    return indices | {info.index_to_label_name(i): i for i in range(info.num_classes())}
 
 
 def imagenet_index(name: str) -> int:

@@ -158,10 +158,10 @@ def run_image(
 ) -> dict:
     """One image: islands, loss curve, predictions."""
     target = embed(teacher, image, trainer.device)
-    names = args.classes or (
+    class_names = args.classes or (
         imagenet_names() if isinstance(teacher, ClassifierTeacher) else CIFAR10_CLASSES
     )
-    classes = teacher.embed_classes(names, load_templates(args.templates)).cpu()
+    classes = teacher.embed_classes(class_names, load_templates(args.templates)).cpu()
     trainer.reset(args.seed)
     preprocessing, side = trainer.model.preprocessing, trainer.model.config.grid_size
     kept = [*range(args.every, args.iterations, args.every), args.iterations]
@@ -175,7 +175,7 @@ def run_image(
     log_loss_figure(output / "loss.png", adapted.losses)
     logits = teacher.logits(torch.stack([target, adapted.pooled]), classes)
     shares = {
-        name: dict(zip(names, row, strict=True))
+        name: dict(zip(class_names, row, strict=True))
         for name, row in zip(("teacher", "student"), logits.softmax(dim=1).tolist(), strict=True)
     }
     losses = adapted.losses
