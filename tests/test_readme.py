@@ -47,6 +47,10 @@ RUN = {
     "python single_token_segmentation/train_tta.py --dataset cifar10 --download --limit 30": (
         Run("--dataset imagefolder --data-root set --teacher clip.pt --iterations 1 --report-at 1")
     ),
+    "python misc_scripts/make_corruptions.py --input cifar10_test --layout npy --parameters cifar "
+    "--frost-textures frost --output cifar10c": (
+        Run("--input set --corruptions contrast,fog --severities 5")
+    ),
     "python misc_scripts/resize_coco_images.py --input data/coco/train2017 --workers 8": (
         Run("--input photographs --workers 0")
     ),
