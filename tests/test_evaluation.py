@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from apm import APMConfig
+from apm import APM, APMConfig
 from apm.evaluation import RowLog, adapt_batches, row_columns, summarise
 from apm.tta import TestTimeTrainer
 
@@ -61,8 +61,8 @@ def load(index):
 
 
 def run(kind, parallel):
-    config = APMConfig(**TINY | {"pooling": "mean"})
-    trainer = kind(config, iterations=2, learning_rate=1e-3)
+    student = APM(APMConfig(**TINY | {"pooling": "mean"}))
+    trainer = kind(student, iterations=2, learning_rate=1e-3)
     return {
         index: adapted.losses
         for indices, many, _ in adapt_batches(trainer, range(7), parallel, load, seed=10)
