@@ -1,7 +1,7 @@
 """Test sets of labelled images, by torchvision's own loaders and layouts."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from torchvision import datasets
 
 from apm.corruptions import PARAMETERS
 from apm.data import load_image
-from apm.files import read_array
+from apm.files import listing_sha256, read_array
 from apm.teachers import imagenet_index, imagenet_names
 
 
@@ -77,11 +77,14 @@ class LabelledImages:
         name: what it is, for tables and caches.
         images: images with their labels.
         class_names: in the order of the indices, as a sentence would have them.
+        files_sha256: changes with the files of a set that its user made (``imagefolder``,
+            ``cifar10c``), by their names, sizes and dates; None for published sets.
     """
 
     name: str
     images: Images
     class_names: tuple[str, ...]
+    files_sha256: str | None = None
 
 
 def load_dataset(
@@ -108,7 +111,9 @@ def load_dataset(
         chosen = tuple(PARAMETERS) if corruption == ALL else (corruption,)
         parts = [CorruptedCIFAR10(root, part, severity) for part in chosen]
         corrupted: Any = ConcatDataset(parts)
-        return LabelledImages(f"{name}-{corruption}-{severity}", corrupted, CIFAR10_CLASSES)
+        files = [root / "labels.npy", *(root / f"{part}.npy" for part in chosen)]
+        title = f"{name}-{corruption}-{severity}"
+        return LabelledImages(title, corrupted, CIFAR10_CLASSES, _dated_sha256(files, root))
     try:
         images = TORCHVISION[name](root, download)
     except (RuntimeError, OSError) as error:
@@ -118,7 +123,15 @@ def load_dataset(
     if name == "eurosat":
         return LabelledImages(name, images, EUROSAT_CLASSES)
     names = images.categories if name == "caltech101" else images.classes
-    return LabelledImages(name, images, tuple(map(readable, names)))
+    files_sha256 = None
+    if name == "imagefolder":
+        files_sha256 = _dated_sha256((Path(path) for path, _ in images.samples), root)
+    return LabelledImages(name, images, tuple(map(readable, names)), files_sha256)
+
+
+def _dated_sha256(files: Iterable[Path], root: Path) -> str:
+    stats = {file.relative_to(root).as_posix(): file.stat() for file in files}
+    return listing_sha256({name: (s.st_size, s.st_mtime_ns) for name, s in stats.items()})
 
 
 def load_splits(root: Path, *, download: bool = False) -> tuple[LabelledImages, LabelledImages]:

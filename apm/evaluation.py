@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apm.files import atomic_path
+from apm.files import atomic_path, read_json
 from apm.teachers import TokenTeacher
 from apm.tta import Adaptation, TestTimeTrainer
 
@@ -39,8 +39,14 @@ class RowLog:
         record = path.with_suffix(".json")
         text = json.dumps(run, indent=2, sort_keys=True) + "\n"
         if path.exists():
-            if not record.is_file() or record.read_bytes() != text.encode():
-                raise ValueError(f"{path}: rows of another run; choose another --output")
+            present = read_json(record) if record.is_file() else {}
+            wanted = json.loads(text)
+            keys = sorted(present.keys() | wanted.keys())
+            if differing := [key for key in keys if present.get(key) != wanted.get(key)]:
+                raise ValueError(
+                    f"{path}: rows of another run, whose {', '.join(differing)} differed; choose "
+                    "another --output"
+                )
             self._recover()
         else:
             with atomic_path(record) as temporary:

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -157,6 +157,12 @@ def file_sha256(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def listing_sha256(files: Mapping[str, object]) -> str:
+    """Hexadecimal SHA-256 of a set of files, given by name and what tells a changed file."""
+    lines = (f"{name}\t{value}\n" for name, value in sorted(files.items()))
+    return hashlib.sha256("".join(lines).encode(errors="surrogatepass")).hexdigest()
 
 
 def cache_home() -> Path:

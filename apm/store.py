@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from apm.files import atomic_path, file_sha256, read_array, read_json
+from apm.files import atomic_path, file_sha256, listing_sha256, read_array, read_json
 
 if TYPE_CHECKING:
     from apm.teachers import DenseTeacher
@@ -251,12 +251,11 @@ class StoreWriter:
 
     def __init__(self, folder: Path, meta: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
         self.folder, self.sizes = folder, dict(sorted(sizes.items()))
-        listed = "".join(f"{name}\t{size}\n" for name, size in self.sizes.items())
         self.meta = {
             "format": FORMAT,
             **meta,
             "images": len(sizes),
-            "images_sha256": hashlib.sha256(listed.encode(errors="surrogatepass")).hexdigest(),
+            "images_sha256": listing_sha256(self.sizes),
         }
         if (folder / META).is_file():
             self._compare(_read_meta(folder))

@@ -214,7 +214,10 @@ def run_dataset(
 ) -> dict:
     """A data set: a row an image, resumed where a killed run stopped, and the table."""
     chosen = spread(len(data.images), args.limit)
-    key = teacher_key(args) | {"dataset": data.name, "data_root": str(args.data_root)}
+    key = teacher_key(args) | {
+        **{"dataset": data.name, "data_root": str(args.data_root)},
+        "files_sha256": data.files_sha256,
+    }
     templates = load_templates(args.templates)
     folder = output / "cache"
     embed_all = partial(embed_readable, teacher, data, chosen, trainer, report=False)

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import timm.data
@@ -23,6 +25,23 @@ def test_a_folder_of_class_folders(tmp_path):
     assert data.class_names == ("tabby", "sea or lake")
     image, label = data.images[1]
     assert image.size == (80, 60) and label == 1
+
+
+def test_a_changed_set_of_ones_own_is_another_set(tmp_path):
+    path = tmp_path / "cat" / "b.png"
+    path.parent.mkdir()
+    photograph().save(path)
+
+    def identity():
+        return load_dataset("imagefolder", tmp_path).files_sha256
+
+    found = [identity(), identity()]
+    assert found[0] == found[1]
+    os.utime(path, ns=(0, 0))  # rewritten
+    found.append(identity())
+    photograph().save(tmp_path / "cat" / "a.png")  # added: every index moves on
+    found.append(identity())
+    assert len(set(found)) == 3
 
 
 def test_a_limit_is_spread_over_the_set():
@@ -55,6 +74,11 @@ def test_cifar10c(tmp_path):
     for name in PARAMETERS:
         np.save(tmp_path / f"{name}.npy", images)
     everything = load_dataset("cifar10c", tmp_path, severity=5)
+    fog = load_dataset("cifar10c", tmp_path, corruption="fog")
+    os.utime(tmp_path / "snow.npy", ns=(0, 0))
+    assert load_dataset("cifar10c", tmp_path).files_sha256 != everything.files_sha256
+    again = load_dataset("cifar10c", tmp_path, corruption="fog")
+    assert again.files_sha256 == fog.files_sha256
     assert len(everything.images) == 15 * 4 and everything.name == "cifar10c-all-5"
     assert [everything.images[index][1] for index in range(8)] == [3, 1, 4, 1] * 2
     for severity in (0, 6):

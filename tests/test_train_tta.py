@@ -139,6 +139,17 @@ def test_a_killed_run_ends_with_the_undisturbed_table_with_random_weights(
         assert [int(row["index"]) for row in csv.DictReader(file)] == list(range(6))
 
 
+def test_rows_of_other_pictures_are_refused_with_random_weights(
+    main, tiny_clip, test_set, tmp_path, capsys
+):
+    command = arguments(test_set, tmp_path / "out", tiny_clip)
+    assert main([*command, "--limit", "1"]) == 0
+    photograph(seed=9).save(test_set / "cat" / "0.png")
+    capsys.readouterr()
+    assert main([*command, "--limit", "1"]) == 2
+    assert "rows of another run, whose files_sha256 differed" in capsys.readouterr().err
+
+
 def test_parallel_students_give_the_same_rows_with_random_weights(
     main, tiny_clip, test_set, tmp_path
 ):
