@@ -36,7 +36,7 @@ from apm.datasets import ALL, CIFAR10_CLASSES, DATASETS, LabelledImages, load_da
 from apm.evaluation import RowLog, adapt_batches, image_row, row_columns, summarise
 from apm.figures import log_loss_figure
 from apm.files import file_sha256, prepare_output
-from apm.islands import island_colours, island_greys
+from apm.islands import island_series
 from apm.pictures import panels, save_gif, save_picture
 from apm.prompts import load_templates
 from apm.teachers import ClassifierTeacher, TokenTeacher, imagenet_names, load_token_teacher
@@ -126,18 +126,15 @@ def draw_islands(
     Returns:
         The picture.
     """
-    greys = {f"{step} iterations": island_greys(grid, seed) for step, grid in grids.items()}
-    colours = {
-        f"{step}, in colour": island_colours(grid, seed=seed) for step, grid in grids.items()
-    }
-    blank = np.full_like(picture, 255)
-    save_picture(
-        output / "islands.png", panels([{"input": picture} | greys, {"": blank} | colours], TILE)
-    )
-    frames = [
-        panels([{"input": picture, label: grey, "in colour": colour}], TILE)
-        for (label, grey), colour in zip(greys.items(), colours.values(), strict=True)
-    ]
+    series = np.stack(list(grids.values()))
+    greys, colours = (island_series(series, channels, seed) for channels in (1, 3))
+    upper, lower = {"input": picture}, {"": np.full_like(picture, 255)}
+    frames = []
+    for step, grey, colour in zip(grids, greys, colours, strict=True):
+        upper[f"{step} iterations"], lower[f"{step}, in colour"] = grey, colour
+        frame = {"input": picture, f"{step} iterations": grey, "in colour": colour}
+        frames.append(panels([frame], TILE))
+    save_picture(output / "islands.png", panels([upper, lower], TILE))
     save_gif(output / "islands.gif", frames, milliseconds=600)
     return output / "islands.png"
 

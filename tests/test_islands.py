@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from apm.islands import METHODS, island_colours, principal_components
+from apm.islands import METHODS, island_colours, island_series, principal_components
 from apm.percept import undo_token_offset
 from apm.scores import island_scores, location_labels
 
@@ -97,3 +97,24 @@ def test_token_offset_is_undone():
     np.testing.assert_array_equal(shown[:59], patches[:59])
     np.testing.assert_array_equal(shown[59:], patches[51:56])
     np.testing.assert_array_equal(undo_token_offset(learnt, 0), learnt)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_island_that_stays_keeps_its_colour(channels):
+    rng = np.random.default_rng(0)
+    left = np.arange(12) < 6
+    features = np.where(left[:, None], 1.0, -1.0) * np.ones((12, 12, 8))
+    features = np.stack([features + 0.2 * rng.normal(size=features.shape) for _ in range(3)])
+    # The features turn over: the islands stay, their first principal component changes its sign.
+    features[1:] *= -1
+    series = island_series(features, channels)
+    assert series.shape == (3, 12, 12, 3) and series.min() >= 0 and series.max() <= 1
+    assert (series == series[..., :1]).all() == (channels == 1)
+    np.testing.assert_allclose(series, island_series(features, channels))
+    features[0] = 1  # constant: no island yet
+    assert np.isfinite(island_series(features, channels)).all()
+    sides = series[:, :, left].mean(axis=(1, 2)), series[:, :, ~left].mean(axis=(1, 2))
+    for now in (1, 2):
+        for side, other in (sides, sides[::-1]):
+            to_itself = np.abs(side[now] - side[0]).sum()
+            assert to_itself < 0.5 * np.abs(side[now] - other[0]).sum()
