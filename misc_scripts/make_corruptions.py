@@ -23,7 +23,7 @@ from tqdm import tqdm
 from apm.cli import OUTPUTS, Results, command, make_parser, positive_int, select_device
 from apm.corruptions import PARAMETERS, SEVERITIES, corrupt
 from apm.data import find_images, load_image, load_images
-from apm.files import atomic_path, prepare_output, read_json
+from apm.files import atomic_path, prepare_output, read_array, read_json
 from apm.preprocessing import Preprocessing
 
 JPEG_QUALITY = 85
@@ -224,6 +224,13 @@ def write_array(
         array.flush()
 
 
+def write_labels(target: Path, labels: np.ndarray) -> None:
+    """Write the labels, unless they are there: the file's date tells users of another set."""
+    if not target.exists() or not np.array_equal(read_array(target), labels):
+        with atomic_path(target) as temporary:
+            np.save(temporary, labels)
+
+
 def class_of(name: str) -> str:
     """The sub-folder of the input folder in which an image lies.
 
@@ -259,8 +266,7 @@ def main(argv: list[str] | None = None) -> None:
         images = read_equal(paths, recipe, skipped)
         start(args, results, severities=args.severities, images=len(images))
         labels = [classes.index(class_of(name)) for name in images]
-        with atomic_path(args.output / "labels.npy") as temporary:
-            np.save(temporary, np.tile(labels, len(args.severities)))
+        write_labels(args.output / "labels.npy", np.tile(labels, len(args.severities)))
         for corruption in args.corruptions:
             write_array(corruption, images, args, recipe)
         results.content["classes"] = classes

@@ -432,6 +432,9 @@ def test_bad_files_are_reported_and_skipped(run, images, layout, capsys):
     assert list(skipped) == [str(images / "ant" / "bad.png")]
     if layout == "npy":
         assert np.load(output / "labels.npy").tolist() == [0, 0, 1, 2, 2] * 5
+        before = (output / "labels.npy").stat().st_mtime_ns
+        assert run("out", "--layout", layout, "--corruptions", "contrast,fog")[0] == 0
+        assert (output / "labels.npy").stat().st_mtime_ns == before
         assert len(np.load(output / "contrast.npy")) == 25
 
 
