@@ -176,19 +176,21 @@ class TestTimeTrainer:
         losses, pooled_at, kept = [], [], {}
         for step in range(self.iterations):
             if step in features_at:
-                kept[step] = self._answer_now(answer, dense=True)
+                kept[step] = self._answer_now(answer, dense=True).cpu()
             pooled, loss = self._step(answer, targets, optimizer, scheduler)
-            losses.append(loss.cpu())
-            pooled_at.append(pooled.cpu())
+            losses.append(loss)
+            pooled_at.append(pooled)
             on_step()
         pooled_at.append(self._answer_now(answer, dense=False))
-        kept[self.iterations] = self._answer_now(answer, dense=True)
+        kept[self.iterations] = self._answer_now(answer, dense=True).cpu()
+        # Copied only now: a GPU does not wait between steps.
+        all_losses, all_pooled = torch.stack(losses).cpu(), torch.stack(pooled_at).cpu()
         return [
             Adaptation(
-                losses=torch.stack(losses)[:, k].tolist(),
-                pooled=pooled_at[-1][k],
+                losses=all_losses[:, k].tolist(),
+                pooled=all_pooled[-1, k],
                 features=kept[self.iterations][k],
-                pooled_at=torch.stack([pooled[k] for pooled in pooled_at]),
+                pooled_at=all_pooled[:, k],
                 features_at={step: kept[step][k] for step in features_at},
             )
             for k in range(len(targets))
@@ -214,7 +216,7 @@ class TestTimeTrainer:
     @torch.no_grad()
     def _answer_now(self, answer: Callable[[bool], Tensor], *, dense: bool) -> Tensor:
         with precision(self.device, self.dtype):
-            return answer(dense).float().cpu()
+            return answer(dense).float()
 
 
 class _Student(nn.Module):
