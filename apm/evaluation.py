@@ -95,6 +95,16 @@ def row_columns(report_at: Sequence[int]) -> list[str]:
     return [*columns, *(f"loss_{step}" for step in report_at), "seconds"]
 
 
+def adapt_each(
+    trainer: TestTimeTrainer, images: Tensor, targets: Tensor, seeds: Sequence[int]
+) -> list[Adaptation]:
+    """A new student for each image: ``adapt_many``, or for one image the faster ``adapt``."""
+    if len(seeds) > 1:
+        return trainer.adapt_many(images, targets, seeds)
+    trainer.reset(seeds[0])
+    return [trainer.adapt(images[0], targets[0])]
+
+
 def adapt_batches(
     trainer: TestTimeTrainer, indices: Sequence[int], parallel: int, load: Any, seed: int
 ) -> Iterator[tuple[list[int], list[Adaptation], float]]:
@@ -112,7 +122,7 @@ def adapt_batches(
         images, targets = map(torch.stack, zip(*map(load, batch), strict=True))
         started = time.perf_counter()
         try:
-            adapted = trainer.adapt_many(images, targets, [seed + index for index in batch])
+            adapted = adapt_each(trainer, images, targets, [seed + index for index in batch])
         except (torch.OutOfMemoryError, MemoryError):
             if parallel == 1:
                 raise ValueError("out of memory with one student: nothing smaller to try") from None

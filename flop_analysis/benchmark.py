@@ -37,6 +37,7 @@ from apm.cli import (
 )
 from apm.counting import torch_macs
 from apm.data import DistillationDataset, load_image
+from apm.evaluation import adapt_each
 from apm.figures import save_figure
 from apm.files import prepare_output
 from apm.islands import island_colours
@@ -235,7 +236,7 @@ def bench_images(bench: Bench) -> None:
             f"TTT, {iterations} iterations, {count} image{'s at once' * (count > 1)}",
             "float32",
             count * iterations * each,
-            partial(trainer.adapt_many, images, targets, range(count)),
+            partial(adapt_each, trainer, images, targets, range(count)),
             repeats=1,
             images=count,
         )
