@@ -64,7 +64,10 @@ remote_size() {
         0) ;;
         *) headers='' ;; # not every server answers HEAD: the download will tell
     esac
-    tr -d '\r' <<<"$headers" | awk 'tolower($1) == "content-length:" {n = $2} END {print n + 0}'
+    tr -d '\r' <<<"$headers" | awk '
+        tolower($1) ~ /^http\// {n = 0} # a redirect: its length is not the file'"'"'s
+        tolower($1) == "content-length:" {n = $2}
+        END {print n + 0}'
 }
 
 # check_disk BYTES FOLDER WHAT
@@ -93,7 +96,10 @@ fetch() {
                 rm -f "$part" # not what was announced: nothing to go on from
                 ;;
             5 | 6 | 7) no_network "$url" ;;
-            22) break ;;               # 404 and its like
+            22) # 404 and its like; or PART was whole already, of a size nobody knew
+                [[ $size == 0 && -s $part ]] || break
+                rm -f "$part"
+                ;;
             33) rm -f "$part" ;;       # the server cannot resume
             23) die "$part: cannot be written" ;;
         esac

@@ -88,7 +88,14 @@ def load_model(path: str | os.PathLike[str], device: torch.device | str = "cpu")
     content = load_tensors(path)
     try:
         model = _build(content, Path(path).stat().st_size)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+    ) as error:
         reason = " ".join(str(error)[:1000].split())[:300]
         raise ValueError(f"{path}: not a checkpoint of this model ({reason})") from error
     return model.to(device).eval()

@@ -165,11 +165,18 @@ def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
 def _reason(error: Exception) -> str | None:
     """One line about an error that is no fault of the program; else None."""
     line = " ".join(str(error).split())
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in line:
+    if is_out_of_memory(error):
         return "out of memory; try smaller --batch-size, --chunk-size, --parallel or --workers"
     if isinstance(error, RuntimeError):
         return f"{line}; try --workers 0" if line.startswith("DataLoader worker") else None
     return line
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory of a device ran out; torch's CPU allocator has no exception of its own."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 def _say(line: str, status: int) -> int:
@@ -179,7 +186,7 @@ def _say(line: str, status: int) -> int:
 
 
 def select_device(name: str) -> torch.device:
-    """``auto`` is CUDA, then MPS, then the CPU.
+    """``auto`` is CUDA, then MPS, then the CPU; float32 is float32 everywhere.
 
     Raises:
         ValueError: if the named device is not there.
@@ -189,6 +196,7 @@ def select_device(name: str) -> torch.device:
         name = next((device for device, there in available.items() if there), "cpu")
     if not available.get(name, True):
         raise ValueError(f"--device {name}: not available on this machine, use cpu or auto")
+    torch.backends.cudnn.allow_tf32 = False  # convolutions would have 10 bits of mantissa
     return torch.device(name)
 
 

@@ -154,11 +154,12 @@ def image_names(source: str | Path, limit: int | None = None) -> dict[str, Path]
     source, paths = Path(source), find_images(source, limit)
     folder = source if source.is_dir() else source.parent
     whole = [path.relative_to(folder) for path in paths]
-    stems = Counter(str(path.with_suffix("")) for path in whole)
-    names = [
-        path.with_suffix("") if stems[str(path.with_suffix(""))] == 1 else path for path in whole
-    ]
-    return {str(name): path for name, path in zip(names, paths, strict=True)}
+    taken = Counter(str(path.with_suffix("")) for path in whole) + Counter(map(str, whole))
+    names = [path.with_suffix("") for path in whole]
+    return {
+        str(name if taken[str(name)] == 1 else full): path
+        for name, full, path in zip(names, whole, paths, strict=True)
+    }
 
 
 class PictureDataset(Dataset):

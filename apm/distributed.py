@@ -47,18 +47,36 @@ def process_group(device: torch.device) -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=7))
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        timeout=timedelta(days=7),
+        device_id=torch.device("cuda", torch.cuda.current_device()) if on_gpu else None,
+    )
+    yield
+    # Not after an error: it would wait for the others, and they for this process.
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """What all processes do at once; the loss of another one is no fault of this one's.
+
+    Raises:
+        ConnectionError: if another process has ended.
+    """
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConnectionError(f"another process ended ({reason})") from error
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
     """Add up a tensor in place; every process gets the sum."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        with _together():
+            dist.all_reduce(tensor)
     return tensor
 
 
@@ -66,11 +84,13 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
 def broadcast_weights(model: nn.Module) -> None:
     """Give every process the weights of the first."""
     if dist.is_initialized():
-        for tensor in model.state_dict().values():
-            dist.broadcast(tensor, src=0)
+        with _together():
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, src=0)
 
 
 def wait_for_all() -> None:
     """Return when every process has come here."""
     if dist.is_initialized():
-        dist.barrier()
+        with _together():
+            dist.barrier()

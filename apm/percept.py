@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from apm.cli import precision
+from apm.cli import is_out_of_memory, precision
 from apm.model import APM
 from apm.preprocessing import to_pixels
 
@@ -74,8 +74,8 @@ def query_in_memory(
     while True:
         try:
             return model.query(column, chunk_size=chunk_size, images=images)
-        except (torch.OutOfMemoryError, MemoryError):
-            if chunk_size == 1:
+        except (RuntimeError, MemoryError) as error:
+            if chunk_size == 1 or not is_out_of_memory(error):
                 raise
         chunk_size //= 2  # outside the handler: what the exception refers to is free again
         logger.warning("out of memory, answering %d locations at a time", chunk_size)

@@ -155,6 +155,9 @@ class FeatureStore:
         meta: the content of ``store.json``.
         sizes: names of the images with features, and the sizes in bytes of their files.
         skipped: images that could not be read, and why.
+
+    Raises:
+        ValueError: if it is damaged or not finished.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -165,6 +168,12 @@ class FeatureStore:
         self._rows = {name: (s, row) for s in shards for row, name in enumerate(s.images)}
         self.sizes = {name: size for s in shards for name, size in s.images.items()}
         self.skipped = {name: reason for s in shards for name, reason in s.skipped.items()}
+        found, wanted = len(self.sizes) + len(self.skipped), self.meta["images"]
+        if found != wanted:
+            raise ValueError(
+                f"{self.folder}: holds {found} of {wanted} images; give the command again that "
+                "extracts them"
+            )
 
     def __reduce__(self) -> tuple[type["FeatureStore"], tuple[Path]]:
         return FeatureStore, (self.folder,)
@@ -203,20 +212,26 @@ class NpyStore:
         if (self.folder / META).is_file():
             self.meta = _read_meta(self.folder)
         else:
-            places, feature_dim = self.view(names[0]).shape
-            self.meta = {"grid_size": round(places**0.5), "feature_dim": feature_dim}
+            first = read_array(self._path(names[0]), mmap_mode="r")
+            side = round(first.shape[0] ** 0.5) if first.ndim == 2 else 0
+            self.meta = {"grid_size": side, "feature_dim": first.shape[-1] if side else 0}
+            self.view(names[0])
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.npy"
 
     def view(self, name: str) -> np.ndarray:
         """An image's features as they are stored, memory-mapped.
 
         Raises:
-            ValueError: if the file holds no ``(N, F)`` array of floats.
+            ValueError: if the file holds no floats, or not a square grid of the store's size.
         """
-        path = self.folder / f"{name}.npy"
-        features = read_array(path, mmap_mode="r")
-        if features.ndim != 2 or features.dtype.kind != "f":
+        features = read_array(self._path(name), mmap_mode="r")
+        side, width = self.meta["grid_size"], self.meta["feature_dim"]
+        if features.dtype.kind != "f" or not side or features.shape != (side**2, width):
             raise ValueError(
-                f"{path}: holds {features.dtype} of shape {features.shape}, expected (N, F) floats"
+                f"{self._path(name)}: holds {features.dtype} of shape {features.shape}, expected "
+                f"floats, ({side}^2, {width}): one row a patch, without CLS and register tokens"
             )
         return features
 
@@ -362,6 +377,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     sound = all(type(side) is int and side > 0 for side in sides)
     sound &= meta.get("format", FORMAT) == FORMAT
     sound &= meta.get("store_dtype", "int8") in STORE_DTYPES
-    if not sound or ("format" in meta and "store_dtype" not in meta):
+    if "format" in meta:
+        sound &= "store_dtype" in meta and type(meta.get("images")) is int
+    if not sound:
         raise ValueError(f"{path}: says nothing that a feature store can be read by")
     return meta

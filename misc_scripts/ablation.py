@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from apm import APM
 from apm.cli import OUTPUTS, Results, command, make_parser, seed_everything, select_device
 from apm.data import image_names, load_images
-from apm.files import prepare_output, read_json
+from apm.files import file_sha256, listing_sha256, prepare_output, read_json
 from apm.percept import perceive
 from apm.scores import island_scores, mask_labels, mean_scores, pair_with_masks
-from apm.store import open_store
+from apm.store import file_sizes, open_store
 from apm.teachers import DenseTeacher, load_dense_teacher
 
 VALIDATION_IMAGES = 64
@@ -133,6 +133,16 @@ def score(model: APM, pairs: dict[str, tuple[Path, Path]]) -> dict[str, float]:
     return mean_scores(scored)["student"]
 
 
+def in_common(args: Namespace, pairs: dict[str, tuple[Path, Path]]) -> dict[str, Any]:
+    """What all rows of a table have in common besides their stores, as plain values."""
+    files = {str(path): path for pair in pairs.values() for path in pair}
+    return {
+        "scored_sha256": listing_sha256(file_sizes(files)),
+        "teacher": args.teacher,
+        "weights_sha256": args.teacher_weights and file_sha256(args.teacher_weights),
+    }
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
@@ -140,11 +150,16 @@ def main(argv: list[str] | None = None) -> None:
     pairs = pair_with_masks(args.scored, args.masks)
     for block in sorted({ROWS[name][0] for name in args.rows}):
         open_store(args.stores / block)  # all of them, before hours of training
+    common = in_common(args, pairs)
     output = prepare_output(args.output)
     results = Results(args, device)
     rows: dict[str, Any] = {}
     if (output / "results.json").exists():
-        rows = read_json(output / "results.json").get("rows", {})
+        former = read_json(output / "results.json")
+        if former.get("common") != common:
+            raise ValueError(f"{output}: rows of other images or teachers; choose another --output")
+        rows = former.get("rows", {})
+    results.save(output, common=common, rows=rows)
     for name in args.rows:
         rows[name] = score(train_row(name, args, device), pairs)
         results.save(output, rows=rows)

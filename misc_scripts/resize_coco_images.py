@@ -9,6 +9,7 @@ from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 from apm.cli import OUTPUTS, Results, command, make_parser, positive_int, select_device
@@ -18,10 +19,20 @@ from apm.preprocessing import Preprocessing
 
 
 def resize(item: tuple[str, Path], preprocessing: Preprocessing, output: Path) -> dict[str, str]:
-    """Write one resized image; return path and reason if the image cannot be read."""
+    """Write one resized image; return path and reason if the image cannot be read.
+
+    Raises:
+        ValueError: if it is there in another size.
+    """
     name, path = item
-    target = output / f"{name}.jpg"
+    target, side = output / f"{name}.jpg", preprocessing.image_size
     if target.exists():
+        with Image.open(target) as present:
+            if present.size != (side, side):
+                raise ValueError(
+                    f"{target}: {present.width} x {present.height} pixels, not {side} x {side}; "
+                    "choose another --output"
+                )
         return {}
     try:
         picture = preprocessing.picture(load_image(path))

@@ -9,7 +9,6 @@ process:
 """
 
 import dataclasses
-import hashlib
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from apm.cli import (
 )
 from apm.data import DistillationDataset, image_names
 from apm.distributed import claim_gpu, process_group, rank, wait_for_all, world_size
-from apm.files import file_sha256, prepare_output
+from apm.files import file_sha256, listing_sha256, prepare_output
 from apm.preprocessing import Preprocessing
 from apm.run import CHECKPOINT, Run, refuse_a_second_run
 from apm.store import FeatureStore, NpyStore, describe_teacher, file_sizes, open_store
@@ -150,6 +149,11 @@ def check(args: Namespace) -> None:
         raise ValueError(f"--init brings its own shape: leave out {' and '.join(SHAPE_FLAGS)}")
     if args.new_rgb_head and not args.init:
         raise ValueError("--new-rgb-head: a model without --init has a new one anyway")
+    if not args.teacher and (args.teacher_weights or args.teacher_block + 1 or args.teacher_margin):
+        raise ValueError(
+            "--teacher-weights, --teacher-block and --teacher-margin go with --teacher; a store's "
+            "features have theirs"
+        )
     refuse_a_second_run(args.output, args.resume)
 
 
@@ -289,7 +293,7 @@ def build(
         training=training,
         validation=validation,
         output=args.output,
-        settings=run_settings(args, training.names, source, model.preprocessing),
+        settings=run_settings(args, training, source, model.preprocessing),
         provenance={
             "init": model.provenance,
             "teacher": source,
@@ -307,22 +311,25 @@ def build(
 
 
 def run_settings(
-    args: Namespace, names: list[str], source: dict[str, Any], preprocessing: Preprocessing
+    args: Namespace,
+    training: DistillationDataset,
+    source: dict[str, Any],
+    preprocessing: Preprocessing,
 ) -> dict[str, Any]:
     """What decides the weights: flags, but for paths, the training images, how features are made.
 
     Args:
         args: the flags.
-        names: of the training images.
+        training: the training images, which names and sizes tell from others.
         source: as of ``open_source``.
         preprocessing: of the model.
     """
     flags = {k: v for k, v in vars(args).items() if k not in FREE and not isinstance(v, Path)}
+    images = dict(zip(training.names, training.paths, strict=True))
     if args.schedule == "constant":
         del flags["epochs"]
-    digest = hashlib.sha256("\n".join(names).encode(errors="surrogatepass"))
     return flags | {
-        "training images": digest.hexdigest(),
+        "training images": listing_sha256(file_sizes(images)),
         "features": source,
         "--init": args.init and file_sha256(args.init),
         "preprocessing": dataclasses.asdict(preprocessing),

@@ -1,6 +1,7 @@
 """The ablation script: its rows are trained, scored, kept."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -56,6 +57,11 @@ def test_rows_are_trained_scored_and_kept_with_random_weights(arguments, tmp_pat
     assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == results
     assert ablation.main([*arguments, "--rows", "base", "--masks", str(tmp_path / "stores")]) == 2
     assert "no image in this folder" in capsys.readouterr().err
+    masks = tmp_path / "other"
+    shutil.copytree(tmp_path / "masks", masks)
+    assert ablation.main([*arguments, "--rows", "base", "--masks", str(masks)]) == 2
+    assert "rows of other images" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == results
     assert ablation.main([*arguments, "--rows", "base", "teacher block 8"]) == 2
     assert "8" in capsys.readouterr().err
 

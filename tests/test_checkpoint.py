@@ -94,6 +94,13 @@ def wrong_files(tmp_path, model):
     yield "fc9", released | {"fc9.weight": torch.zeros(1)}
     yield "fc1", released | {"fc1.weight": torch.zeros(4096, 7)}
     yield "fc1", released | {"fc1.weight": 3}
+    for state, name in (
+        (released, "fc1.weight"),
+        (released, "rgb_head_1.weight"),
+        (tta().state_dict(), "feat_proj_head.weight"),
+    ):
+        for shape in ((), (4,)):
+            yield name, state | {name: torch.zeros(shape)}
 
 
 def test_wrong_files_are_refused_in_one_line_and_nothing_runs(tmp_path, model):

@@ -87,6 +87,18 @@ def test_find_images(tmp_path):
         find_images(tmp_path / "nowhere")
 
 
+def test_no_two_images_have_one_name(tmp_path):
+    for name in ("x.jpg", "x.png", "x.jpg.png", "y.jpg"):
+        (tmp_path / name).touch()
+    names = image_names(tmp_path)
+    assert {name: path.name for name, path in names.items()} == {
+        "x.jpg": "x.jpg",
+        "x.png": "x.png",
+        "x.jpg.png": "x.jpg.png",
+        "y": "y.jpg",
+    }
+
+
 def make_folder(path):
     path.mkdir()
     return path

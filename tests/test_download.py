@@ -26,7 +26,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     A fault is used up by one GET: ``truncate`` closes half-way, ``stall`` sends half and nothing
     more, ``long`` announces twice the length. ``deaf`` (for good) ignores ranges, ``lie`` (for
-    good) announces a wrong size to HEAD.
+    good) announces a wrong size to HEAD, ``dumb`` (for good) no size at all, ``moved`` (for good)
+    has the file in a folder ``new`` and announces the length of saying so.
     """
 
     daemon_threads = True
@@ -48,6 +49,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name, start = self.path.strip("/"), 0
         faults = self.server.faults.setdefault(name, [])
         self.server.requests.append((self.command, name, self.headers.get("Range")))
+        if "moved" in faults:
+            self.send_response(302)
+            self.send_header("Location", f"/new/{name}")
+            self.send_header("Content-Length", "5")
+            self.end_headers()
+            return None if head else self.wfile.write(b"moved")
         if name not in self.server.files:
             return self.send_error(404)
         body = self.server.files[name]
@@ -56,12 +63,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if start >= len(body):
                 return self.send_error(416)
         rest = body[start:]
-        fault = "" if head or not faults or faults[0] in ("deaf", "lie") else faults.pop(0)
+        for_good = not faults or faults[0] in ("deaf", "lie", "dumb")
+        fault = "" if head or for_good else faults.pop(0)
         length = len(rest) * 2 if fault == "long" or (head and "lie" in faults) else len(rest)
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        self.send_header("Content-Length", str(length))
+        if "dumb" not in faults:
+            self.send_header("Content-Length", str(length))
         self.end_headers()
         if not head:
             self.wfile.write(rest[: len(rest) // 2] if fault in ("truncate", "stall") else rest)
@@ -176,6 +185,21 @@ def test_a_stopped_download_goes_on_in_the_next_run(download, server, coco_zip):
     server.files = {"val2017.zip": coco_zip}
     assert download("coco-val").returncode == 0
     assert ("GET", "val2017.zip", "bytes=1000-") in server.requests
+
+
+def test_a_redirects_length_is_not_the_files(download, server, coco_zip):
+    server.files = {"new/val2017.zip": coco_zip}
+    server.faults = {"val2017.zip": ["moved"], "new/val2017.zip": ["dumb"]}
+    assert download("coco-val").returncode == 0
+    assert len([method for method, *_ in server.requests if method == "GET"]) == 2
+
+
+def test_a_whole_download_of_unknown_size_is_made_anew(download, server, coco_zip):
+    (download.root / "data").mkdir()
+    (download.root / "data/val2017.zip.part").write_bytes(coco_zip)
+    server.files, server.faults = {"val2017.zip": coco_zip}, {"val2017.zip": ["dumb"]}
+    assert download("coco-val").returncode == 0
+    assert len(list((download.root / "data/coco/val2017").iterdir())) == 5000
 
 
 def hopeless(coco_zip):

@@ -331,7 +331,16 @@ def test_a_disk_that_is_really_full(checkpoint, tmp_path, capsys):
 # Memory and workers
 
 
-def test_dense_inference_halves_its_chunks_until_they_fit(caplog, monkeypatch):
+def no_cuda_memory():
+    raise torch.OutOfMemoryError("no memory")
+
+
+def no_cpu_memory():
+    torch.empty(1 << 60)
+
+
+@pytest.mark.parametrize("fail", [no_cuda_memory, no_cpu_memory])
+def test_dense_inference_halves_its_chunks_until_they_fit(caplog, monkeypatch, fail):
     model = make_model(local_width=8, local_blocks=(1, 1))
     expected = perceive(model, photograph())
     query, chunks = model.query, []
@@ -339,7 +348,7 @@ def test_dense_inference_halves_its_chunks_until_they_fit(caplog, monkeypatch):
     def cramped(column, positions=None, chunk_size=None, *, images=None):
         chunks.append(chunk_size)
         if chunk_size > 4:
-            raise torch.cuda.OutOfMemoryError("no memory")
+            fail()
         return query(column, positions, chunk_size, images=images)
 
     monkeypatch.setattr(model, "query", cramped)

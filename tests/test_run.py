@@ -196,6 +196,24 @@ def test_another_picture_under_the_same_name_is_refused(data, capsys):
     assert "p03.png" in capsys.readouterr().err and not (data / "run").exists()
 
 
+def test_a_run_does_not_go_on_with_other_pictures_with_random_weights(data, tiny_teacher, capsys):
+    assert main(flags(data, "run", source=tiny_teacher)) == 0
+    for index in range(IMAGES):
+        photograph(56, 56, seed=99 + index).save(data / "images" / f"p{index:02}.png")
+    assert main(flags(data, "run", "--resume", source=tiny_teacher)) == 2
+    assert "made with training images" in capsys.readouterr().err
+
+
+def test_flags_of_a_teacher_without_a_teacher_are_refused(data, capsys):
+    for more in (
+        ["--teacher-weights", "w.pth"],
+        ["--teacher-block", "4"],
+        ["--teacher-margin", "2"],
+    ):
+        assert main(flags(data, "run", *more)) == 2
+        assert "go with --teacher" in capsys.readouterr().err
+
+
 def test_a_store_of_another_grid_is_refused(data, capsys):
     arguments = flags(data, "run")
     index = arguments.index("--init")
@@ -389,6 +407,21 @@ def test_two_processes_under_torchrun_train_as_one(data):
     one, two = (torch.load(data / name / STATE)["model"] for name in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=0, msg=name)
+
+
+def test_a_process_that_fails_ends_all_of_them_in_one_line_each_with_random_weights(
+    data, tiny_teacher
+):
+    (data / "images" / "p00.png").write_text("no image")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(random.randint(20000, 60000)), "misc_scripts/train.py"]
+    command += flags(data, "two", source=tiny_teacher)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert done.returncode != 0 and any("p00.png: cannot be read" in line for line in lines)
+    assert "most recent call last" not in done.stderr
 
 
 @pytest.mark.slow

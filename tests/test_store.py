@@ -193,15 +193,29 @@ def test_the_released_layout_is_read(tmp_path, dtype):
     assert open_store(tmp_path).meta["block"] == 3
 
 
+def test_an_image_unlike_the_others_is_named(tmp_path):
+    np.save(tmp_path / "a.npy", features_of("a").numpy())
+    np.save(tmp_path / "b.npy", features_of("b", places=17).numpy())
+    with pytest.raises(ValueError, match=r"b\.npy: .* without CLS and register tokens"):
+        open_store(tmp_path).read("b")
+
+
+def test_a_store_that_is_not_finished_is_refused(tmp_path):
+    fill(StoreWriter(tmp_path, META, sizes()), shards=(0, 1), skipped=("sub/0",))
+    with pytest.raises(ValueError, match="holds 4 of 5 images; give the command again"):
+        open_store(tmp_path)
+
+
 def test_files_that_hold_no_features_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"1_extract_coco_features\.py"):
         open_store(tmp_path / "nowhere")
     np.save(tmp_path / "a.npy", np.array([{"code": 1}]), allow_pickle=True)
     with pytest.raises(ValueError, match=r"a\.npy"):
         open_store(tmp_path)
-    np.save(tmp_path / "a.npy", np.arange(8))
-    with pytest.raises(ValueError, match="expected"):
-        open_store(tmp_path)
+    for wrong in (np.arange(8), np.zeros((17, 8), np.float32), np.zeros((16, 8), int), np.ones(())):
+        np.save(tmp_path / "a.npy", wrong)
+        with pytest.raises(ValueError, match=r"a\.npy: .* expected floats"):
+            open_store(tmp_path)
     for content in ("", "[]", "{}", "null", '{"grid_size": "4", "feature_dim": 8}', "[" * 9999):
         (tmp_path / "store.json").write_text(content)
         with pytest.raises(ValueError, match=r"store\.json"):
