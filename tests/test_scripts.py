@@ -271,10 +271,10 @@ def test_training_from_photographs_to_islands_with_random_teacher(
     resized, features = str(tmp_path / "resized"), str(tmp_path / "features")
     resize = load_script("misc_scripts/resize_coco_images.py").main
     assert resize(["--input", str(photographs), "--output", resized]) == 0
-    assert resize(["--input", str(photographs), "--output", resized, "--image-size", "224"]) == 2
-    assert "448 x 448 pixels, not 224 x 224" in capsys.readouterr().err
     assert "4 images" in capsys.readouterr().out
     assert Image.open(tmp_path / "resized" / "sub" / "p7.jpg").size == (448, 448)
+    assert resize(["--input", str(photographs), "--output", resized, "--image-size", "224"]) == 2
+    assert "448 x 448 pixels, not 224 x 224" in capsys.readouterr().err
 
     extract = load_script("misc_scripts/1_extract_coco_features.py").main
     arguments = ["--input", resized, "--output", features, "--teacher", "vit_tiny_patch16_224"]
