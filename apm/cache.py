@@ -20,7 +20,7 @@ def cached(folder: Path, key: Mapping[str, Any], build: Callable[[], Tensor]) ->
     """The tensor that ``key`` describes, from ``folder`` if it is there whole, else built.
 
     A cache entry is an ``.npy`` file and a ``.json`` with its key and SHA-256. A missing, damaged
-    or differing entry is built again.
+    or differing entry is built again. What is not finite failed, and is not kept.
 
     Args:
         key: plain values; everything that the tensor depends on.
@@ -41,6 +41,8 @@ def cached(folder: Path, key: Mapping[str, Any], build: Callable[[], Tensor]) ->
         except (ValueError, KeyError, TypeError, OSError):
             logger.warning("%s: unreadable, built again", record)
     tensor = build().float().cpu()
+    if not tensor.isfinite().all():
+        return tensor
     with atomic_path(data) as temporary:
         np.save(temporary, tensor.numpy())
     with atomic_path(record) as temporary:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import timm.data
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset
@@ -13,7 +14,7 @@ from torchvision import datasets
 
 from apm.corruptions import PARAMETERS
 from apm.data import load_image
-from apm.files import listing_sha256, read_array
+from apm.files import dated, listing_sha256, read_array
 from apm.teachers import imagenet_index, imagenet_names
 
 
@@ -25,7 +26,8 @@ class Images(Protocol):
     def __getitem__(self, index: int, /) -> tuple[Image.Image, int]: ...
 
 
-# Name -> builder(root, download) of the split on which accuracies are reported.
+# Name -> builder(root, download) of the split on which accuracies are reported; of the whole set
+# where torchvision has no split (Caltech101, SUN397, EuroSAT).
 TORCHVISION: dict[str, Callable[[Path, bool], Any]] = {
     "cifar10": lambda root, download: datasets.CIFAR10(root, train=False, download=download),
     "cifar100": lambda root, download: datasets.CIFAR100(root, train=False, download=download),
@@ -130,8 +132,7 @@ def load_dataset(
 
 
 def _dated_sha256(files: Iterable[Path], root: Path) -> str:
-    stats = {file.relative_to(root).as_posix(): file.stat() for file in files}
-    return listing_sha256({name: (s.st_size, s.st_mtime_ns) for name, s in stats.items()})
+    return listing_sha256({file.relative_to(root).as_posix(): dated(file) for file in files})
 
 
 def load_splits(root: Path, *, download: bool = False) -> tuple[LabelledImages, LabelledImages]:
@@ -182,10 +183,12 @@ class CorruptedCIFAR10(Dataset):
             labels = read_array(root / "labels.npy")
         except ValueError as error:
             raise ValueError(f"{root}: no CIFAR-10-C with {corruption} there ({error})") from error
-        if images.ndim != 4 or labels.ndim != 1 or len(images) != len(labels) or len(images) % 5:
+        sound = images.ndim == 4 and images.shape[-1] == 3 and images.dtype == np.uint8
+        sound &= labels.shape == images.shape[:1] and len(labels) % 5 == 0
+        if not sound or not np.isin(labels, range(len(CIFAR10_CLASSES))).all():
             raise ValueError(
-                f"{root}: {corruption}.npy is {images.shape} with labels {labels.shape}, "
-                "expected five severities of (N, H, W, 3)"
+                f"{root}: {corruption}.npy is {images.dtype} {images.shape} with labels "
+                f"{labels.shape}, expected five severities of uint8 (N, H, W, 3) and labels 0 to 9"
             )
         count = len(images) // 5
         rows = slice((severity - 1) * count, severity * count)

@@ -6,17 +6,23 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from apm.cache import cached
+from apm.cli import is_out_of_memory
+from apm.datasets import LabelledImages
 from apm.files import atomic_path, read_json
 from apm.teachers import TokenTeacher
 from apm.tta import Adaptation, TestTimeTrainer
 
 logger = logging.getLogger(__name__)
+
+PART = 32  # images that a teacher embeds at once
 
 
 class RowLog:
@@ -95,6 +101,61 @@ def row_columns(report_at: Sequence[int]) -> list[str]:
     return [*columns, *(f"loss_{step}" for step in report_at), "seconds"]
 
 
+class TeacherEmbeddings:
+    """A teacher's embeddings of a data set's images, computed part by part and kept in a cache.
+
+    Args:
+        teacher: on its device.
+        data: the images.
+        indices: those that will be asked for.
+        folder: of the cache.
+        key: what the embeddings depend on besides the indices, as plain values.
+    """
+
+    def __init__(
+        self,
+        teacher: TokenTeacher,
+        data: LabelledImages,
+        indices: Sequence[int],
+        folder: Path,
+        key: Mapping[str, Any],
+    ) -> None:
+        self.teacher, self.data, self.folder, self.key = teacher, data, folder, dict(key)
+        parts = [indices[start : start + PART] for start in range(0, len(indices), PART)]
+        self._part = {index: list(part) for part in parts for index in part}
+        self._kept: dict[int, Tensor] = {}
+
+    def __getitem__(self, index: int) -> Tensor:
+        """``(F,)`` on the CPU.
+
+        Raises:
+            OSError: if the image could not be read.
+        """
+        if index not in self._kept:
+            part = self._part[index]
+            embeddings = cached(
+                self.folder, self.key | {"indices": part}, lambda: self._embed(part)
+            )
+            self._kept = dict(zip(part, embeddings, strict=True))
+        if self._kept[index].isnan().any():
+            raise OSError(f"image {index} of {self.data.name}: could not be read")
+        return self._kept[index]
+
+    def _embed(self, part: Sequence[int]) -> Tensor:
+        """``(n, F)``, NaN for an image that cannot be read."""
+        pictures = {}
+        for index in part:
+            with suppress(ValueError, OSError):
+                pictures[index] = self.teacher.preprocess(self.data.images[index][0].convert("RGB"))
+        if not pictures:
+            raise OSError(f"{self.data.name}: none of images {part} could be read")
+        device = next(self.teacher.parameters()).device
+        found = self.teacher(torch.stack(list(pictures.values())).to(device)).cpu()
+        embeddings = torch.full((len(part), found.shape[1]), torch.nan)
+        embeddings[[part.index(index) for index in pictures]] = found
+        return embeddings
+
+
 def adapt_each(
     trainer: TestTimeTrainer, images: Tensor, targets: Tensor, seeds: Sequence[int]
 ) -> list[Adaptation]:
@@ -111,26 +172,31 @@ def adapt_batches(
     """Train a student for each image, ``parallel`` at a time; halve that when memory runs out.
 
     Args:
-        load: index -> preprocessed image ``(3, H, W)`` and target ``(F,)``.
+        load: index -> preprocessed image ``(3, H, W)`` and target ``(F,)``; None to leave it out.
 
     Yields:
         Indices, what came of them, seconds for each.
     """
     start = 0
     while start < len(indices):
-        batch = list(indices[start : start + parallel])
-        images, targets = map(torch.stack, zip(*map(load, batch), strict=True))
-        started = time.perf_counter()
-        try:
-            adapted = adapt_each(trainer, images, targets, [seed + index for index in batch])
-        except (torch.OutOfMemoryError, MemoryError):
-            if parallel == 1:
-                raise ValueError("out of memory with one student: nothing smaller to try") from None
-            parallel = max(parallel // 2, 1)
-            torch.cuda.empty_cache()
-            logger.warning("out of memory: going on with %d students at a time", parallel)
-            continue
-        yield batch, adapted, (time.perf_counter() - started) / len(batch)
+        batch = indices[start : start + parallel]
+        loaded = {index: item for index in batch if (item := load(index)) is not None}
+        if loaded:
+            images, targets = map(torch.stack, zip(*loaded.values(), strict=True))
+            started, adapted = time.perf_counter(), None
+            try:
+                adapted = adapt_each(trainer, images, targets, [seed + index for index in loaded])
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if parallel == 1:
+                    raise ValueError("out of memory with one student: nothing smaller") from None
+            if adapted is None:  # outside the handler: what the exception refers to is free again
+                parallel //= 2
+                torch.cuda.empty_cache()
+                logger.warning("out of memory: going on with %d students at a time", parallel)
+                continue
+            yield list(loaded), adapted, (time.perf_counter() - started) / len(loaded)
         start += len(batch)
 
 

@@ -165,6 +165,13 @@ def listing_sha256(files: Mapping[str, object]) -> str:
     return hashlib.sha256("".join(lines).encode(errors="surrogatepass")).hexdigest()
 
 
+def dated(path: Path) -> tuple[int, int]:
+    """Size and date of a file, which tell that it changed; zeros for a dead link."""
+    if not path.exists():
+        return 0, 0
+    return path.stat().st_size, path.stat().st_mtime_ns
+
+
 def cache_home() -> Path:
     """``$XDG_CACHE_HOME`` or ``~/.cache``; where neither can be written, a folder of one's own.
 

@@ -227,6 +227,7 @@ class ClassifierTeacher(nn.Module):
 
 
 TokenTeacher = ClipTeacher | ClassifierTeacher
+OPEN_CLIP = "open_clip:"
 
 
 def load_token_teacher(name: str, weights: str | Path | None = None) -> TokenTeacher:
@@ -240,13 +241,17 @@ def load_token_teacher(name: str, weights: str | Path | None = None) -> TokenTea
 
     Raises:
         FileNotFoundError: if a weights file does not exist.
-        ValueError: if there is no such teacher, or its weights cannot be had.
+        ValueError: if there is no such teacher, its weights cannot be had, or a CLIP is given
+            weights besides its name.
     """
-    if name.startswith("open_clip:"):
-        return _load_open_clip(name.removeprefix("open_clip:"))
-    if timm.is_model(name.split(".")[0]):
-        return _load_classifier(name, weights)
-    return _load_clip(name)
+    is_clip = name.startswith(OPEN_CLIP) or not timm.is_model(name.split(".")[0])
+    if is_clip and weights is not None:
+        raise ValueError(
+            f"weights {weights}: only of a classifier of timm, not of teacher {name!r}"
+        )
+    if name.startswith(OPEN_CLIP):
+        return _load_open_clip(name.removeprefix(OPEN_CLIP))
+    return _load_clip(name) if is_clip else _load_classifier(name, weights)
 
 
 def _load_clip(name: str) -> ClipTeacher:
@@ -289,6 +294,13 @@ def _load_open_clip(name: str) -> ClipTeacher:
 
 def _load_classifier(name: str, weights: str | Path | None) -> ClassifierTeacher:
     model = _create_timm(name, pretrained=weights is None)
+    head = model.get_classifier()
+    classes = timm.data.ImageNetInfo().num_classes()
+    if not isinstance(head, nn.Linear) or head.bias is None or head.out_features != classes:
+        raise ValueError(
+            f"teacher {name!r}: has no linear head of the {classes} classes of ImageNet-1k; a CLIP "
+            "goes by its name in the clip package or as open_clip:MODEL/PRETRAINED"
+        )
     if weights is not None:
         _load_weights(model, name, Path(weights))
     return ClassifierTeacher(model)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -64,12 +65,20 @@ def start_from_vit(model: CLIP, vit: VisionTransformer) -> None:
     """
     visual = model.visual
     blocks, width = visual.transformer.layers, visual.transformer.width
-    if vit.embed_dim != width or len(vit.blocks) < blocks:
+    places = visual.positional_embedding.shape
+    token, positions, config = vit.cls_token, vit.pos_embed, resolve_model_data_config(vit)
+    if (
+        token is None
+        or positions is None
+        or positions.shape[1:] != places
+        or len(vit.blocks) < blocks
+        or {*config["mean"], *config["std"]} != {0.5}
+    ):
         raise ValueError(
             f"a ViT of width {vit.embed_dim} with {len(vit.blocks)} blocks cannot start an image "
-            f"tower of width {width} with {blocks} blocks"
+            f"tower of width {width} with {blocks} blocks and {places[0]} positions, which "
+            "needs the same width and positions, as many blocks, and mean = std = 0.5"
         )
-    assert vit.cls_token is not None and vit.pos_embed is not None
     side, kernel = visual.conv1.kernel_size[0], vit.patch_embed.proj.weight
     pixels = torch.eye(side**2).view(-1, 1, side, side)
     enlarge = F.interpolate(pixels, kernel.shape[-2:], mode="bicubic").flatten(1)  # (p^2, P^2)
@@ -77,8 +86,8 @@ def start_from_vit(model: CLIP, vit: VisionTransformer) -> None:
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     visual.conv1.weight.copy_(small * std / 0.5)
     constant = (small * (mean - 0.5) / 0.5).sum(dim=(1, 2, 3)) + vit.patch_embed.proj.bias
-    visual.class_embedding.copy_(vit.cls_token[0, 0])
-    visual.positional_embedding.copy_(vit.pos_embed[0])
+    visual.class_embedding.copy_(token[0, 0])
+    visual.positional_embedding.copy_(positions[0])
     visual.positional_embedding[1:] += constant
     source: Any
     for block, source in zip(visual.transformer.resblocks, vit.blocks, strict=False):
@@ -210,7 +219,7 @@ class ClipTrainer(ResumableTrainer):
         return loss.item(), (cosines.argmax(dim=1) == labels).float().mean().item()
 
     def _batch(self) -> Tensor:
-        """Indices of this step's images: each epoch goes through all of them in its own order."""
+        """Indices of this step's images; an epoch leaves out the last, incomplete batch."""
         epoch, place = divmod(self.step_index, max(len(self.images) // self.batch_size, 1))
         generator = torch.Generator().manual_seed(self.seed + epoch)
         order = torch.randperm(len(self.images), generator=generator)

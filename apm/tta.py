@@ -108,6 +108,10 @@ class TestTimeTrainer:
             target: ``(F,)``, the teacher's embedding of the image.
             features_at: after how many steps the feature grid shall be kept as well.
             on_step: called after each step, for a progress bar.
+
+        Raises:
+            ValueError: if the target is not as wide as the student's answer, or ``features_at``
+                asks for more steps than are taken.
         """
         images = image[None].to(self.device)
         return self._run(
@@ -173,6 +177,11 @@ class TestTimeTrainer:
         on_step: Callable[[], object] = lambda: None,
     ) -> list[Adaptation]:
         """Fit K answers to ``(K, F)`` targets; students share no weight, so neither gradients."""
+        width = self.model.config.feature_dim
+        if targets.shape[1:] != (width,):
+            raise ValueError(f"targets have shape {tuple(targets.shape)}, expected (K, {width})")
+        if not set(features_at) <= set(range(self.iterations + 1)):
+            raise ValueError(f"features_at {features_at}: there are {self.iterations} iterations")
         losses, pooled_at, kept = [], [], {}
         for step in range(self.iterations):
             if step in features_at:
@@ -183,7 +192,7 @@ class TestTimeTrainer:
             on_step()
         pooled_at.append(self._answer_now(answer, dense=False))
         kept[self.iterations] = self._answer_now(answer, dense=True).cpu()
-        # Copied only now: a GPU does not wait between steps.
+        # One copy from the device an image, not two a step.
         all_losses, all_pooled = torch.stack(losses).cpu(), torch.stack(pooled_at).cpu()
         return [
             Adaptation(

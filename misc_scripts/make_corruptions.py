@@ -7,6 +7,7 @@ so on; labels.npy has the class of each, which is the rank of its sub-folder's n
 there is skipped, so run it again after an interruption.
 """
 
+import os
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from apm.cli import OUTPUTS, Results, command, make_parser, positive_int, select_device
 from apm.corruptions import PARAMETERS, SEVERITIES, corrupt
 from apm.data import find_images, load_image, load_images
-from apm.files import atomic_path, prepare_output, read_array, read_json
+from apm.files import atomic_path, dated, listing_sha256, prepare_output, read_array, read_json
 from apm.preprocessing import Preprocessing
 
 JPEG_QUALITY = 85
@@ -101,7 +102,8 @@ class Recipe:
 
     def version(self, pixels: np.ndarray, name: str, corruption: str, severity: int) -> np.ndarray:
         """The image corrupted: ``(H, W, 3)`` uint8 RGB, the same whatever else is made."""
-        entropy = (self.seed % 2**32, *f"{corruption}/{severity}/{name}".encode())
+        which = f"{corruption}/{severity}/{name}".encode(errors="surrogateescape")
+        entropy = (self.seed % 2**32, *which)
         return corrupt(
             pixels,
             corruption,
@@ -115,6 +117,11 @@ class Recipe:
 def start(args: Namespace, results: Results, **more: Any) -> None:
     """Open the output folder, unless it holds corruptions made otherwise.
 
+    Args:
+        args: the script's.
+        results: where the settings are kept.
+        more: settings besides the arguments; one that is None does not matter this time.
+
     Raises:
         ValueError: if it does, or cannot be written to.
     """
@@ -125,7 +132,9 @@ def start(args: Namespace, results: Results, **more: Any) -> None:
         former = read_json(path).get("settings")
         for name, value in settings.items():
             present = former.get(name) if isinstance(former, dict) else None
-            if present != value:
+            if name in more and None in (present, value):
+                settings[name] = value or present
+            elif present != value:
                 raise ValueError(
                     f"{args.output}: holds corruptions with {name} {present}, "
                     f"not {value}; choose another --output"
@@ -215,6 +224,9 @@ def write_array(
     shape = (len(versions), *next(iter(images.values())).shape)
     with atomic_path(target) as temporary:
         array = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash later
+            with temporary.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
 
         def fill(row: int) -> None:
             severity, name = versions[row]
@@ -256,15 +268,24 @@ def main(argv: list[str] | None = None) -> None:
         seed=args.seed,
         frost_textures=[np.asarray(load_image(path)) for path in textures],
     )
+    frost = listing_sha256({path.name: dated(path) for path in textures}) if textures else None
     results = Results(args, select_device("cpu"))
     skipped: dict[str, str] = {}
     if args.layout == "folder":
-        start(args, results)
+        start(args, results, frost_textures_sha256=frost)
         write_files(paths, args, recipe, skipped)
     else:
         classes = sorted({class_of(name) for name in everything})
         images = read_equal(paths, recipe, skipped)
-        start(args, results, severities=args.severities, images=len(images))
+        listed = listing_sha256({name: dated(paths[name]) for name in images})
+        start(
+            args,
+            results,
+            severities=args.severities,
+            images=len(images),
+            images_sha256=listed,
+            frost_textures_sha256=frost,
+        )
         labels = [classes.index(class_of(name)) for name in images]
         write_labels(args.output / "labels.npy", np.tile(labels, len(args.severities)))
         for corruption in args.corruptions:

@@ -98,10 +98,15 @@ def run_settings(args: Namespace, trainer: ClipTrainer) -> dict[str, Any]:
     """What decides the weights: flags, but for paths, and what the trainer learns from."""
     names = ("teacher", "layers", "limit", "batch_size", "steps", "learning_rate", "dtype", "seed")
     learnt = {"images": trainer.images, "labels": trainer.labels, "sentences": trainer.tokens}
-    return {name: getattr(args, name) for name in names} | {
-        f"training {name}": hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
-        for name, tensor in learnt.items()
-    }
+    weights = {"weights_sha256": args.teacher_weights and file_sha256(args.teacher_weights)}
+    return (
+        {name: getattr(args, name) for name in names}
+        | weights
+        | {
+            f"training {name}": hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
+            for name, tensor in learnt.items()
+        }
+    )
 
 
 def train(

@@ -33,13 +33,26 @@ from apm.cli import (
 from apm.counting import torch_macs
 from apm.data import load_image
 from apm.datasets import ALL, CIFAR10_CLASSES, DATASETS, LabelledImages, load_dataset, spread
-from apm.evaluation import RowLog, adapt_batches, image_row, row_columns, summarise
+from apm.evaluation import (
+    RowLog,
+    TeacherEmbeddings,
+    adapt_batches,
+    image_row,
+    row_columns,
+    summarise,
+)
 from apm.figures import log_loss_figure
-from apm.files import file_sha256, prepare_output
+from apm.files import cache_home, file_sha256, prepare_output
 from apm.islands import island_series
 from apm.pictures import panels, save_gif, save_picture
 from apm.prompts import load_templates
-from apm.teachers import ClassifierTeacher, TokenTeacher, imagenet_names, load_token_teacher
+from apm.teachers import (
+    OPEN_CLIP,
+    ClassifierTeacher,
+    TokenTeacher,
+    imagenet_names,
+    load_token_teacher,
+)
 from apm.tta import TestTimeTrainer
 
 BUNDLED_TEACHER = ROOT / "checkpoints" / "clip_tiny.pt"
@@ -109,7 +122,8 @@ def teacher_key(args: Namespace) -> dict[str, str | None]:
 
     The file is read whole for that, about a second a gigabyte: a changed file is always noticed.
     """
-    path = Path(args.teacher)
+    # OpenCLIP's second part may be a file.
+    path = Path(args.teacher.partition("/")[2] if OPEN_CLIP in args.teacher else args.teacher)
     name, weights = (path.name, path) if path.is_file() else (args.teacher, args.teacher_weights)
     return {"teacher": name, "weights_sha256": file_sha256(weights) if weights else None}
 
@@ -182,26 +196,6 @@ def run_image(
     return {"losses": losses, "adapt_seconds": seconds, "probabilities": shares}
 
 
-def embed_readable(
-    teacher: TokenTeacher,
-    data: LabelledImages,
-    chosen: list[int],
-    trainer: TestTimeTrainer,
-    report: bool = True,
-) -> Tensor:
-    """The teacher's embeddings of the chosen images, ``(n, F)``; NaN where one cannot be read."""
-    targets = torch.full((len(chosen), trainer.model.config.feature_dim), torch.nan)
-    for place, index in enumerate(tqdm(chosen, desc="teacher", unit="image")):
-        try:
-            image = data.images[index][0].convert("RGB")
-        except (ValueError, OSError) as error:
-            if report:
-                tqdm.write(f"skipped {error}", file=sys.stderr)
-        else:
-            targets[place] = embed(teacher, image, trainer.device)
-    return targets
-
-
 def run_dataset(
     args: Namespace,
     trainer: TestTimeTrainer,
@@ -212,48 +206,50 @@ def run_dataset(
     """A data set: a row an image, resumed where a killed run stopped, and the table."""
     chosen = spread(len(data.images), args.limit)
     key = teacher_key(args) | {
-        **{"dataset": data.name, "data_root": str(args.data_root)},
+        **{"dataset": data.name, "data_root": str(args.data_root.resolve())},
         "files_sha256": data.files_sha256,
     }
     templates = load_templates(args.templates)
-    folder = output / "cache"
-    embed_all = partial(embed_readable, teacher, data, chosen, trainer, report=False)
-    embeddings = cached(folder, key | {"what": "images", "indices": chosen}, embed_all)
-    if failed := [place for place, row in enumerate(embeddings) if row.isnan().any()]:
-        again = [chosen[place] for place in failed]  # what failed may have been repaired
-        embeddings[failed] = embed_readable(teacher, data, again, trainer)
-    targets = dict(zip(chosen, embeddings, strict=True))
+    run = key | {
+        **{"templates": templates, "iterations": args.iterations, "pooling": args.pooling},
+        **{"learning_rate": args.learning_rate, "seed": args.seed, "dtype": args.dtype},
+    }
+    log = RowLog(output / "rows.csv", row_columns(args.report_at), run)
+    folder = cache_home() / "apm"
     classes = cached(
         folder,
         key | {"what": "classes", "classes": data.class_names, "templates": templates},
         lambda: teacher.embed_classes(data.class_names, templates),
     )
+    embeddings = TeacherEmbeddings(teacher, data, chosen, folder, key | {"what": "images"})
+    known: dict[int, tuple[int, Tensor]] = {}  # label and embedding
+    skipped: set[int] = set()
+    todo = [index for index in chosen if index not in log.done]
+    progress = tqdm(total=len(chosen), initial=len(chosen) - len(todo), unit="image")
 
-    labels: dict[int, int] = {}
+    def load(index: int) -> tuple[Tensor, Tensor] | None:
+        try:
+            image, label = data.images[index]
+            known[index] = label, embeddings[index]
+            return trainer.model.preprocessing(image.convert("RGB")), known[index][1]
+        except (ValueError, OSError) as error:
+            progress.write(f"skipped {error}", file=sys.stderr)
+            progress.update()
+            skipped.add(index)
+            return None
 
-    def load(index: int) -> tuple[Tensor, Tensor]:
-        image, labels[index] = data.images[index]
-        return trainer.model.preprocessing(image.convert("RGB")), targets[index]
-
-    run = key | {
-        **{"templates": templates, "iterations": args.iterations, "pooling": args.pooling},
-        **{"learning_rate": args.learning_rate, "seed": args.seed, "dtype": args.dtype},
-    }
     row = partial(image_row, teacher=teacher, classes=classes, report_at=args.report_at)
-    log = RowLog(output / "rows.csv", row_columns(args.report_at), run)
-    readable = [index for index, target in targets.items() if target.isfinite().all()]
-    if not readable:
-        raise ValueError(f"{args.data_root}: none of {len(chosen)} images could be read")
-    todo = [index for index in readable if index not in log.done]
-    with tqdm(total=len(readable), initial=len(readable) - len(todo), unit="image") as progress:
+    with progress:
         for indices, many, seconds in adapt_batches(trainer, todo, args.parallel, load, args.seed):
             log.append(
-                row(index, labels.pop(index), targets[index], adapted, seconds)
+                row(index, *known.pop(index), adapted, seconds)
                 for index, adapted in zip(indices, many, strict=True)
             )
             progress.update(len(indices))
-    summary = summarise([row for row in log.rows if row["index"] in targets], args.report_at)
-    return summary | {"skipped": len(chosen) - len(readable)}
+    if len(skipped) == len(chosen):
+        raise ValueError(f"{args.data_root}: none of {len(chosen)} images could be read")
+    rows = [row for row in log.rows if row["index"] in set(chosen)]
+    return summarise(rows, args.report_at) | {"skipped": len(skipped)}
 
 
 def step_gmacs(trainer: TestTimeTrainer) -> float:

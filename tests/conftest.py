@@ -1,5 +1,9 @@
+import atexit
 import importlib.util
+import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,11 @@ from apm.preprocessing import Preprocessing
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 torch.set_num_threads(2)
+
+# What scripts keep in the user's cache is no business of the tests, nor theirs of the user.
+CACHE = tempfile.mkdtemp(prefix="apm-tests-")
+os.environ["XDG_CACHE_HOME"] = CACHE
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 TINY = {
     "image_size": 56,

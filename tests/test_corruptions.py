@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -419,6 +421,29 @@ def test_results_of_other_settings_are_not_mixed(run, capsys, layout, change, me
     assert run("out", *arguments, *change)[0] == 2
     assert message in capsys.readouterr().err
     assert (output / "results.json").read_text() == before
+
+
+def test_other_images_and_other_frost_are_not_mixed(run, images, tmp_path, capsys):
+    arguments = ["--layout", "npy", "--severities", "1", "--corruptions"]
+    assert run("out", *arguments, "contrast")[0] == 0
+    assert run("out", *arguments, "frost")[0] == 0
+    assert run("out", *arguments, "fog")[0] == 0
+    photograph(130, 130, seed=5).save(tmp_path / "frost" / "1.png")
+    assert run("out", *arguments, "snow")[0] == 0  # of no frost
+    assert run("out", *arguments, "frost,snow")[0] == 2
+    assert "frost_textures_sha256" in capsys.readouterr().err
+    (images / "ant" / "a.png").rename(images / "cat" / "a.png")
+    (images / "bee" / "x.png").rename(images / "ant" / "x.png")
+    assert run("out", *arguments, "contrast")[0] == 2
+    assert "images_sha256" in capsys.readouterr().err
+
+
+def test_a_name_need_not_be_text(run, images):
+    path = os.fsencode(images / "ant") + b"/caf\xe9.png"
+    os.link(images / "ant" / "a.png", path)
+    status, output = run("out", "--corruptions", "fog", "--severities", "1")
+    made = os.fsdecode(os.fsencode(output / "fog/1/ant") + b"/caf\xe9.png")
+    assert status == 0 and Path(made).exists()
 
 
 @pytest.mark.parametrize("layout", ["npy", "folder"])

@@ -42,6 +42,9 @@ def test_a_changed_set_of_ones_own_is_another_set(tmp_path):
     photograph().save(tmp_path / "cat" / "a.png")  # added: every index moves on
     found.append(identity())
     assert len(set(found)) == 3
+    (tmp_path / "cat" / "dead.png").symlink_to(tmp_path / "nowhere")
+    found.append(identity())
+    assert len(set(found)) == 4
 
 
 def test_a_limit_is_spread_over_the_set():
@@ -86,9 +89,13 @@ def test_cifar10c(tmp_path):
             load_dataset("cifar10c", tmp_path, corruption="fog", severity=severity)
     with pytest.raises(ValueError, match="no CIFAR-10-C with drizzle"):
         load_dataset("cifar10c", tmp_path, corruption="drizzle")
-    np.save(tmp_path / "odd.npy", images[:7])
-    with pytest.raises(ValueError, match="five severities"):
-        load_dataset("cifar10c", tmp_path, corruption="odd")
+    for odd in (images[:7], images / 255, images.transpose(0, 3, 1, 2), images[..., [0, 1, 2, 0]]):
+        np.save(tmp_path / "odd.npy", odd)
+        with pytest.raises(ValueError, match="five severities"):
+            load_dataset("cifar10c", tmp_path, corruption="odd")
+    np.save(tmp_path / "labels.npy", np.full(20, 10))
+    with pytest.raises(ValueError, match="labels 0 to 9"):
+        load_dataset("cifar10c", tmp_path, corruption="fog")
 
 
 @pytest.mark.parametrize("name", [name for name in DATASETS if name != "cifar10c"])

@@ -47,11 +47,13 @@ def test_foreign_or_damaged_tables_are_refused(tmp_path, content):
 
 
 class Forgetful(TestTimeTrainer):
-    """Runs out of memory with more than two students."""
+    """Runs out of memory with more than two students, of the device or of the CPU."""
 
     def adapt_many(self, images, targets, seeds):
-        if len(images) > 2:
+        if len(images) > 4:
             raise torch.OutOfMemoryError("no memory")
+        if len(images) > 2:
+            torch.empty(1 << 60)
         return super().adapt_many(images, targets, seeds)
 
 

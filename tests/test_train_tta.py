@@ -13,6 +13,8 @@ from clip.model import CLIP
 from conftest import ROOT, load_script, photograph, save_tiny_clip
 from PIL import Image
 
+from apm.teachers import ClipTeacher
+
 BUNDLED_TEACHER = ROOT / "checkpoints" / "clip_tiny.pt"
 
 
@@ -150,6 +152,28 @@ def test_rows_of_other_pictures_are_refused_with_random_weights(
     assert "rows of another run, whose files_sha256 differed" in capsys.readouterr().err
 
 
+def test_embeddings_are_kept_for_other_runs_with_random_weights(
+    main, tiny_clip, test_set, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    command = arguments(test_set, tmp_path / "one", tiny_clip)
+    assert main([*command, "--limit", "2"]) == 0
+    kept = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    assert len(kept) == 4  # images and classes, each with its description
+    monkeypatch.setattr(ClipTeacher, "embed_classes", lambda *_: pytest.fail("not kept"))
+    other = [*command, "--limit", "2", "--output", str(tmp_path / "other"), "--seed", "1"]
+    assert main(other) == 0
+    bad = test_set / "cat" / "bad.png"
+    bad.write_text("no image")
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert main([*command, "--output", str(tmp_path / "bad")]) == 0
+    table = json.loads((tmp_path / "bad" / "results.json").read_text())
+    assert table["images"] == 6 and table["skipped"] == 1
+    # What failed may be repaired: it is tried again.
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == len(kept) // 2 + 1
+
+
 def test_parallel_students_give_the_same_rows_with_random_weights(
     main, tiny_clip, test_set, tmp_path
 ):
@@ -167,6 +191,11 @@ def test_bad_input_is_one_line_and_status_2(main, tiny_clip, tmp_path, capsys):
     for extra, message in (
         (["--input", str(tmp_path / "none.jpg")], "none.jpg: no such file"),
         (["--teacher", "ViT-Z/99"], "ViT-Z/99"),
+        (["--teacher-weights", "w.pth"], "only of a classifier of timm"),
+        (
+            ["--teacher", "vit_small_patch14_dinov2", "--teacher-weights", "w.pth"],
+            "no linear head of the 1000 classes",
+        ),
         (["--templates", str(tmp_path / "none.txt")], "none.txt: no such file of templates"),
         (["--dataset", "cifar10", "--data-root", str(tmp_path)], "no cifar10 there"),
         (["--report-at", "500"], "--report-at"),

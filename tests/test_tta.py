@@ -127,6 +127,19 @@ def test_outputs_are_those_of_the_trained_student(image_and_target):
         torch.testing.assert_close(result.features_at[0], trainer.model(image[None])[0][0])
 
 
+def test_what_cannot_be_is_refused_before_the_work(image_and_target):
+    image, target = image_and_target
+    trainer = TestTimeTrainer(APM(STUDENT), iterations=2)
+    before = trainer.model.feature_head.weight.clone()
+    for arguments, message in (
+        ((image, target[:1]), "targets have shape"),
+        ((image, target, (3,)), "there are 2 iterations"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer.adapt(*arguments)
+    assert torch.equal(before, trainer.model.feature_head.weight)
+
+
 @pytest.mark.parametrize("pooling", ["attention", "mean"])
 @pytest.mark.parametrize("local_width", [0, 8])
 def test_many_students_are_as_many_single_runs(pooling, local_width):
