@@ -26,20 +26,42 @@ class Images(Protocol):
     def __getitem__(self, index: int, /) -> tuple[Image.Image, int]: ...
 
 
-# Name -> builder(root, download) of the split on which accuracies are reported; of the whole set
-# where torchvision has no split (Caltech101, SUN397, EuroSAT).
-TORCHVISION: dict[str, Callable[[Path, bool], Any]] = {
-    "cifar10": lambda root, download: datasets.CIFAR10(root, train=False, download=download),
-    "cifar100": lambda root, download: datasets.CIFAR100(root, train=False, download=download),
-    "flowers102": lambda root, download: datasets.Flowers102(root, "test", download=download),
-    "dtd": lambda root, download: datasets.DTD(root, "test", download=download),
-    "oxford_pets": lambda root, download: datasets.OxfordIIITPet(root, "test", download=download),
-    "caltech101": lambda root, download: datasets.Caltech101(root, download=download),
-    "food101": lambda root, download: datasets.Food101(root, "test", download=download),
-    "sun397": lambda root, download: datasets.SUN397(root, download=download),
-    "fgvc_aircraft": lambda root, download: datasets.FGVCAircraft(root, "test", download=download),
-    "eurosat": lambda root, download: datasets.EuroSAT(root, download=download),
-    "imagefolder": lambda root, download: datasets.ImageFolder(root, loader=load_image),
+# Name -> folder of its files below the root, and builder(root, download) of the split on which
+# accuracies are reported; of the whole set where torchvision has no split (Caltech101, SUN397,
+# EuroSAT).
+TORCHVISION: dict[str, tuple[str, Callable[[Path, bool], Any]]] = {
+    "cifar10": (
+        "cifar-10-batches-py",
+        lambda root, download: datasets.CIFAR10(root, train=False, download=download),
+    ),
+    "cifar100": (
+        "cifar-100-python",
+        lambda root, download: datasets.CIFAR100(root, train=False, download=download),
+    ),
+    "flowers102": (
+        "flowers-102",
+        lambda root, download: datasets.Flowers102(root, "test", download=download),
+    ),
+    "dtd": ("dtd", lambda root, download: datasets.DTD(root, "test", download=download)),
+    "oxford_pets": (
+        "oxford-iiit-pet",
+        lambda root, download: datasets.OxfordIIITPet(root, "test", download=download),
+    ),
+    "caltech101": (
+        "caltech101",
+        lambda root, download: datasets.Caltech101(root, download=download),
+    ),
+    "food101": (
+        "food-101",
+        lambda root, download: datasets.Food101(root, "test", download=download),
+    ),
+    "sun397": ("SUN397", lambda root, download: datasets.SUN397(root, download=download)),
+    "fgvc_aircraft": (
+        "fgvc-aircraft-2013b",
+        lambda root, download: datasets.FGVCAircraft(root, "test", download=download),
+    ),
+    "eurosat": ("eurosat", lambda root, download: datasets.EuroSAT(root, download=download)),
+    "imagefolder": ("", lambda root, download: datasets.ImageFolder(root, loader=load_image)),
 }
 CIFAR10C = "cifar10c"
 DATASETS = (*TORCHVISION, CIFAR10C)
@@ -79,14 +101,13 @@ class LabelledImages:
         name: what it is, for tables and caches.
         images: images with their labels.
         class_names: in the order of the indices, as a sentence would have them.
-        files_sha256: changes with the files of a set that its user made (``imagefolder``,
-            ``cifar10c``), by their names, sizes and dates; None for published sets.
+        files_sha256: changes with its files, by their names, sizes and dates.
     """
 
     name: str
     images: Images
     class_names: tuple[str, ...]
-    files_sha256: str | None = None
+    files_sha256: str
 
 
 def load_dataset(
@@ -116,19 +137,20 @@ def load_dataset(
         files = [root / "labels.npy", *(root / f"{part}.npy" for part in chosen)]
         title = f"{name}-{corruption}-{severity}"
         return LabelledImages(title, corrupted, CIFAR10_CLASSES, _dated_sha256(files, root))
+    folder, build = TORCHVISION[name]
     try:
-        images = TORCHVISION[name](root, download)
+        images = build(root, download)
     except (RuntimeError, OSError) as error:
         hint = "" if download or name == "imagefolder" else ", or --download"
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{root}: no {name} there ({reason}); see --data-root{hint}") from error
-    if name == "eurosat":
-        return LabelledImages(name, images, EUROSAT_CLASSES)
-    names = images.categories if name == "caltech101" else images.classes
-    files_sha256 = None
     if name == "imagefolder":
-        files_sha256 = _dated_sha256((Path(path) for path, _ in images.samples), root)
-    return LabelledImages(name, images, tuple(map(readable, names)), files_sha256)
+        files = [Path(path) for path, _ in images.samples]
+    else:
+        files = [path for path in (root / folder).rglob("*") if path.is_file()]
+    names = images.categories if name == "caltech101" else images.classes
+    class_names = EUROSAT_CLASSES if name == "eurosat" else tuple(map(readable, names))
+    return LabelledImages(name, images, class_names, _dated_sha256(files, root))
 
 
 def _dated_sha256(files: Iterable[Path], root: Path) -> str:
@@ -148,7 +170,7 @@ def load_splits(root: Path, *, download: bool = False) -> tuple[LabelledImages, 
     if not (root / "train").is_dir():
         test = load_dataset("cifar10", root, download=download)
         images = datasets.CIFAR10(root, train=True)
-        return LabelledImages("cifar10", images, test.class_names), test
+        return LabelledImages("cifar10", images, test.class_names, test.files_sha256), test
     train, test = (load_dataset("imagefolder", root / split) for split in ("train", "test"))
     if train.class_names != test.class_names:
         raise ValueError(f"{root}: train and test have different classes")

@@ -152,7 +152,7 @@ class TeacherEmbeddings:
         device = next(self.teacher.parameters()).device
         found = self.teacher(torch.stack(list(pictures.values())).to(device)).cpu()
         embeddings = torch.full((len(part), found.shape[1]), torch.nan)
-        embeddings[[part.index(index) for index in pictures]] = found
+        embeddings[[row for row, index in enumerate(part) if index in pictures]] = found
         return embeddings
 
 

@@ -205,10 +205,7 @@ def run_dataset(
 ) -> dict:
     """A data set: a row an image, resumed where a killed run stopped, and the table."""
     chosen = spread(len(data.images), args.limit)
-    key = teacher_key(args) | {
-        **{"dataset": data.name, "data_root": str(args.data_root.resolve())},
-        "files_sha256": data.files_sha256,
-    }
+    key = teacher_key(args) | {"dataset": data.name, "files_sha256": data.files_sha256}
     templates = load_templates(args.templates)
     run = key | {
         **{"templates": templates, "iterations": args.iterations, "pooling": args.pooling},

@@ -47,6 +47,18 @@ def test_a_changed_set_of_ones_own_is_another_set(tmp_path):
     assert len(set(found)) == 4
 
 
+def test_a_published_set_has_its_own_files(tmp_path):
+    path = tmp_path / "eurosat" / "2750" / "River" / "a.png"
+    path.parent.mkdir(parents=True)
+    photograph().save(path)
+    before = load_dataset("eurosat", tmp_path)
+    (tmp_path / "dtd").mkdir()
+    (tmp_path / "dtd" / "a.png").touch()  # of another set
+    assert load_dataset("eurosat", tmp_path).files_sha256 == before.files_sha256
+    os.utime(path, ns=(0, 0))
+    assert load_dataset("eurosat", tmp_path).files_sha256 != before.files_sha256
+
+
 def test_a_limit_is_spread_over_the_set():
     assert spread(10, None) == spread(10, 20) == list(range(10))
     assert spread(10, 5) == [0, 2, 4, 6, 8]
