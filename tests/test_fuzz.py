@@ -252,7 +252,13 @@ def test_json_files(content):
         assert str(path) in str(error)
 
 
-META = {"format": "apm-features", "grid_size": 2, "feature_dim": 3, "store_dtype": "int8"}
+META = {
+    "format": "apm-features",
+    "grid_size": 2,
+    "feature_dim": 3,
+    "store_dtype": "int8",
+    "images": 2,
+}
 PACKED = {"features": torch.ones(2, 4, 3, dtype=torch.int8), "scales": torch.ones(2, 4)}
 SHARD = {"images": {"a": 1, "b": 2}, "skipped": {}, "sha256": "0"}
 HEADER = {"shard": json.dumps(SHARD)}
@@ -311,7 +317,7 @@ json_values = st.recursive(
 @given(
     st.sampled_from(("images", "skipped", "sha256")),
     json_values | st.sampled_from((["a", "b"], [[], []], [["a", 1], ["b", 2]], "ab")),
-    st.sampled_from(("grid_size", "feature_dim", "store_dtype", "format")),
+    st.sampled_from(("grid_size", "feature_dim", "store_dtype", "format", "images")),
     json_values | st.just(10**9),
 )
 def test_feature_stores_that_say_anything(part, value, key, meta_value):
