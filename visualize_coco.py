@@ -1,7 +1,7 @@
 """Islands of agreement for a folder of photographs (COCO val2017), as a gallery, and their score.
 
 For each picture a figure: input, RGB reconstruction, islands; with --teacher also the teacher's
-islands in the same colours and where student and teacher differ. With --score, instead of figures:
+islands in like colours and where student and teacher differ. With --score, instead of figures:
 how well k-means islands of student, teacher, colour and position agree with semantic masks.
 """
 
@@ -18,7 +18,7 @@ from apm.cli import OUTPUTS, ROOT, Results, command, make_parser, seed_everythin
 from apm.data import image_names, load_images
 from apm.files import prepare_output
 from apm.island_figures import island_row
-from apm.islands import island_colours
+from apm.islands import island_colours, island_series
 from apm.losses import rgb_targets
 from apm.percept import perceive
 from apm.pictures import heat_map, overlay, panels, save_gallery, save_picture
@@ -98,15 +98,25 @@ def features_of(
     return arrays
 
 
+def directions(features: np.ndarray) -> np.ndarray:
+    """``(S, h, w, F)`` -> each grid centred, each location of unit length: students' are shorter."""
+    centred = features - features.mean(axis=(1, 2), keepdims=True)
+    return centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-12)
+
+
 def draw(arrays: dict[str, np.ndarray], args: Namespace, path: Path) -> None:
     """One picture's figure."""
     names = [name for name in ("student", "teacher") if name in arrays]
-    colours = island_colours(np.stack([arrays[name] for name in names]), args.method, args.seed)
+    features = np.stack([arrays[name] for name in names])
+    if args.method == "tsne":
+        colours = island_series(features, seed=args.seed)
+    else:
+        comparable = directions(features) if "teacher" in arrays else features
+        colours = island_colours(comparable, args.method, args.seed)
     rows = [island_row(arrays["picture"], colours[0], arrays["rgb"])]
     if "teacher" in arrays:
-        student, target = (arrays[name] - arrays["teacher"].mean((0, 1)) for name in names)
-        norms = np.linalg.norm(student, axis=-1) * np.linalg.norm(target, axis=-1)
-        cosine = (student * target).sum(axis=-1) / np.maximum(norms, 1e-12)
+        student, teacher = directions(features)
+        cosine = (student * teacher).sum(axis=-1)
         rows.append(
             {
                 "teacher's islands": colours[1],

@@ -37,12 +37,12 @@ def island_colours(
 
 
 def island_series(features: np.ndarray, channels: int = 3, seed: int = 0) -> np.ndarray:
-    """The islands of one image as its features change, by t-SNE.
+    """The islands of one image in several features of it, by t-SNE.
 
     Each embedding starts from the one before, so that an island that stays keeps its colour.
 
     Args:
-        features: ``(S, h, w, F)`` float, the same locations at S times.
+        features: ``(S, h, w, F)`` float, of the same locations: at S times, or of two models.
         channels: 3 for colours, 1 for the greys of the paper's Figure 3.
         seed: same seed, same colours.
 
