@@ -99,7 +99,7 @@ def features_of(
 
 
 def directions(features: np.ndarray) -> np.ndarray:
-    """``(S, h, w, F)`` -> each grid centred, each location of unit length: students' are shorter."""
+    """``(S, h, w, F)`` -> every grid centred, every location of length 1: students' are shorter."""
     centred = features - features.mean(axis=(1, 2), keepdims=True)
     return centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-12)
 
