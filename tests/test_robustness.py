@@ -416,7 +416,8 @@ TTA = "single_token_segmentation/train_tta.py"
 
 
 def test_signals_end_a_run_in_one_line_and_it_goes_on_with_random_weights(zygote, tmp_path):
-    for name in ("cat/a", "cat/z", "dog/a"):
+    names = ["cat/a", "cat/z", *(f"dog/{letter}" for letter in "abcd")]  # enough for two stops
+    for name in names:
         path = tmp_path / "set" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         photograph(seed=ord(name[-1])).save(path)
@@ -442,9 +443,9 @@ def test_signals_end_a_run_in_one_line_and_it_goes_on_with_random_weights(zygote
         assert row_count() >= before + 1
     table = tmp_path / "table"
     assert zygote.run(TTA, arguments, stdout=table) == 0
-    assert "3 images, 1 skipped" in table.read_text()
-    indices = [line.split(",")[0] for line in rows.read_text().splitlines()[1:]]
-    assert sorted(indices) == ["0", "2", "3"]  # the bad one is number 1
+    assert "6 images, 1 skipped" in table.read_text()
+    indices = [int(line.split(",")[0]) for line in rows.read_text().splitlines()[1:]]
+    assert sorted(indices) == [0, 2, 3, 4, 5, 6]  # the bad one is number 1
 
 
 def test_a_reader_that_leaves_and_a_full_stdout(zygote, checkpoint, tmp_path):
