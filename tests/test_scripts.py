@@ -373,3 +373,11 @@ def test_a_teacher_of_another_width_is_refused_with_random_weights(
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
     assert "width 192, the checkpoint answers 16" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_student_that_is_only_shorter_than_its_teacher_has_its_colours():
+    directions = load_script("visualize_coco.py").directions
+    teacher = np.random.default_rng(0).normal(size=(4, 4, 8))
+    student, same = directions(np.stack([0.1 * teacher + 3, teacher]))
+    np.testing.assert_allclose(student, same, atol=1e-9)
+    np.testing.assert_allclose(np.linalg.norm(same, axis=-1), 1)
