@@ -14,7 +14,7 @@ from torchvision import datasets
 
 from apm.corruptions import PARAMETERS
 from apm.data import load_image
-from apm.files import dated, listing_sha256, read_array
+from apm.files import dated_sha256, read_array
 from apm.teachers import imagenet_index, imagenet_names
 
 
@@ -136,7 +136,7 @@ def load_dataset(
         corrupted: Any = ConcatDataset(parts)
         files = [root / "labels.npy", *(root / f"{part}.npy" for part in chosen)]
         title = f"{name}-{corruption}-{severity}"
-        return LabelledImages(title, corrupted, CIFAR10_CLASSES, _dated_sha256(files, root))
+        return LabelledImages(title, corrupted, CIFAR10_CLASSES, _identity(files, root))
     folder, build = TORCHVISION[name]
     try:
         images = build(root, download)
@@ -150,11 +150,11 @@ def load_dataset(
         files = [path for path in (root / folder).rglob("*") if path.is_file()]
     names = images.categories if name == "caltech101" else images.classes
     class_names = EUROSAT_CLASSES if name == "eurosat" else tuple(map(readable, names))
-    return LabelledImages(name, images, class_names, _dated_sha256(files, root))
+    return LabelledImages(name, images, class_names, _identity(files, root))
 
 
-def _dated_sha256(files: Iterable[Path], root: Path) -> str:
-    return listing_sha256({file.relative_to(root).as_posix(): dated(file) for file in files})
+def _identity(files: Iterable[Path], root: Path) -> str:
+    return dated_sha256({file.relative_to(root).as_posix(): file for file in files})
 
 
 def load_splits(root: Path, *, download: bool = False) -> tuple[LabelledImages, LabelledImages]:

@@ -165,11 +165,13 @@ def listing_sha256(files: Mapping[str, object]) -> str:
     return hashlib.sha256("".join(lines).encode(errors="surrogatepass")).hexdigest()
 
 
-def dated(path: Path) -> tuple[int, int]:
-    """Size and date of a file, which tell that it changed; zeros for a dead link."""
-    if not path.exists():
-        return 0, 0
-    return path.stat().st_size, path.stat().st_mtime_ns
+def dated_sha256(files: Mapping[str, Path]) -> str:
+    """``listing_sha256`` by size and date, which are zero for a dead link."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, path in files.items():
+        stat = path.stat() if path.exists() else None
+        found[name] = (stat.st_size, stat.st_mtime_ns) if stat else (0, 0)
+    return listing_sha256(found)
 
 
 def cache_home() -> Path:

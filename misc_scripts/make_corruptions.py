@@ -24,7 +24,7 @@ from tqdm import tqdm
 from apm.cli import OUTPUTS, Results, command, make_parser, positive_int, select_device
 from apm.corruptions import PARAMETERS, SEVERITIES, corrupt
 from apm.data import find_images, load_image, load_images
-from apm.files import atomic_path, dated, listing_sha256, prepare_output, read_array, read_json
+from apm.files import atomic_path, dated_sha256, prepare_output, read_array, read_json
 from apm.preprocessing import Preprocessing
 
 JPEG_QUALITY = 85
@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
         seed=args.seed,
         frost_textures=[np.asarray(load_image(path)) for path in textures],
     )
-    frost = listing_sha256({path.name: dated(path) for path in textures}) if textures else None
+    frost = dated_sha256({path.name: path for path in textures}) if textures else None
     results = Results(args, select_device("cpu"))
     skipped: dict[str, str] = {}
     if args.layout == "folder":
@@ -277,13 +277,12 @@ def main(argv: list[str] | None = None) -> None:
     else:
         classes = sorted({class_of(name) for name in everything})
         images = read_equal(paths, recipe, skipped)
-        listed = listing_sha256({name: dated(paths[name]) for name in images})
         start(
             args,
             results,
             severities=args.severities,
             images=len(images),
-            images_sha256=listed,
+            images_sha256=dated_sha256({name: paths[name] for name in images}),
             frost_textures_sha256=frost,
         )
         labels = [classes.index(class_of(name)) for name in images]

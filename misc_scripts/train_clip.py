@@ -98,15 +98,12 @@ def run_settings(args: Namespace, trainer: ClipTrainer) -> dict[str, Any]:
     """What decides the weights: flags, but for paths, and what the trainer learns from."""
     names = ("teacher", "layers", "limit", "batch_size", "steps", "learning_rate", "dtype", "seed")
     learnt = {"images": trainer.images, "labels": trainer.labels, "sentences": trainer.tokens}
-    weights = {"weights_sha256": args.teacher_weights and file_sha256(args.teacher_weights)}
-    return (
-        {name: getattr(args, name) for name in names}
-        | weights
-        | {
-            f"training {name}": hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
-            for name, tensor in learnt.items()
-        }
-    )
+    settings = {name: getattr(args, name) for name in names}
+    settings["weights_sha256"] = args.teacher_weights and file_sha256(args.teacher_weights)
+    return settings | {
+        f"training {name}": hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
+        for name, tensor in learnt.items()
+    }
 
 
 def train(
@@ -185,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
         output,
         classes=training.class_names,
         training_images=len(trainer.images),
-        teacher_sha256=args.teacher_weights and file_sha256(args.teacher_weights),
+        teacher_sha256=settings["weights_sha256"],
         clip_sha256=file_sha256(path),
         zero_shot_top1=accuracies,
         history=history,

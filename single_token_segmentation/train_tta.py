@@ -123,7 +123,8 @@ def teacher_key(args: Namespace) -> dict[str, str | None]:
     The file is read whole for that, about a second a gigabyte: a changed file is always noticed.
     """
     # OpenCLIP's second part may be a file.
-    path = Path(args.teacher.partition("/")[2] if OPEN_CLIP in args.teacher else args.teacher)
+    is_open_clip = args.teacher.startswith(OPEN_CLIP)
+    path = Path(args.teacher.partition("/")[2] if is_open_clip else args.teacher)
     name, weights = (path.name, path) if path.is_file() else (args.teacher, args.teacher_weights)
     return {"teacher": name, "weights_sha256": file_sha256(weights) if weights else None}
 
@@ -221,7 +222,8 @@ def run_dataset(
     embeddings = TeacherEmbeddings(teacher, data, chosen, folder, key | {"what": "images"})
     known: dict[int, tuple[int, Tensor]] = {}  # label and embedding
     skipped: set[int] = set()
-    todo = [index for index in chosen if index not in log.done]
+    done = log.done
+    todo = [index for index in chosen if index not in done]
     progress = tqdm(total=len(chosen), initial=len(chosen) - len(todo), unit="image")
 
     def load(index: int) -> tuple[Tensor, Tensor] | None:
@@ -245,7 +247,8 @@ def run_dataset(
             progress.update(len(indices))
     if len(skipped) == len(chosen):
         raise ValueError(f"{args.data_root}: none of {len(chosen)} images could be read")
-    rows = [row for row in log.rows if row["index"] in set(chosen)]
+    asked = set(chosen)  # a former run may have had a larger --limit
+    rows = [row for row in log.rows if row["index"] in asked]
     return summarise(rows, args.report_at) | {"skipped": len(skipped)}
 
 
