@@ -14,7 +14,7 @@ test: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy apm *.py flop_analysis/*.py misc_scripts/*.py single_token_segmentation/*.py
+	$(BIN)/mypy apm *.py flop_analysis/*.py misc_scripts/*.py misc_scripts/bundled/*.py single_token_segmentation/*.py
 
 bench: $(VENV)/.installed
 	$(BIN)/python flop_analysis/benchmark.py

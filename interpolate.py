@@ -11,7 +11,11 @@ import numpy as np
 import torch
 
 from apm import APM, load_model
-from apm.cli import (
+from apm.data.images import load_image
+from apm.drawing import enlarge, panels, save_gif, save_picture
+from apm.islands import island_colours
+from apm.predictor import as_grid, query_in_memory, undo_token_offset
+from apm.runtime.cli import (
     OUTPUTS,
     ROOT,
     Results,
@@ -22,11 +26,7 @@ from apm.cli import (
     seed_everything,
     select_device,
 )
-from apm.data import load_image
-from apm.files import prepare_output
-from apm.islands import island_colours
-from apm.percept import as_grid, query_in_memory, undo_token_offset
-from apm.pictures import enlarge, panels, save_gif, save_picture
+from apm.runtime.files import prepare_output
 
 FRAME_SIDE = 320
 

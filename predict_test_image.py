@@ -7,10 +7,10 @@ import sys
 from functools import partial
 
 from apm import load_model
-from apm.cli import OUTPUTS, Results, command, seed_everything, select_device
-from apm.files import prepare_output
 from apm.island_figures import draw_islands, input_images, island_parser
-from apm.percept import perceive
+from apm.predictor import perceive
+from apm.runtime.cli import OUTPUTS, Results, command, seed_everything, select_device
+from apm.runtime.files import prepare_output
 
 
 @command

@@ -14,15 +14,23 @@ import torch
 from PIL import Image
 
 from apm import APM, load_model
-from apm.cli import OUTPUTS, ROOT, Results, command, make_parser, seed_everything, select_device
-from apm.data import image_names, load_images
-from apm.files import prepare_output
+from apm.data.images import image_names, load_images
+from apm.drawing import heat_map, overlay, panels, save_gallery, save_picture
 from apm.island_figures import island_row
 from apm.islands import island_colours, island_series
 from apm.losses import rgb_targets
-from apm.percept import perceive
-from apm.pictures import heat_map, overlay, panels, save_gallery, save_picture
+from apm.predictor import perceive
 from apm.preprocessing import to_pixels
+from apm.runtime.cli import (
+    OUTPUTS,
+    ROOT,
+    Results,
+    command,
+    make_parser,
+    seed_everything,
+    select_device,
+)
+from apm.runtime.files import prepare_output
 from apm.scores import island_scores, mask_labels, mean_scores, pair_with_masks
 from apm.teachers import DenseTeacher, load_dense_teacher
 

@@ -1,6 +1,6 @@
 """The Asynchronous Perception Machine (Modi and Rawat, NeurIPS 2024)."""
 
-from apm.files import use_writable_caches
+from apm.runtime.files import use_writable_caches
 
 use_writable_caches()  # before libraries look for theirs
 

@@ -17,9 +17,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from apm.files import atomic_path
 from apm.model import APM, APMConfig
 from apm.preprocessing import Preprocessing
+from apm.runtime.files import atomic_path
 
 FORMAT = "apm-checkpoint"
 ZIP_MAGIC = b"PK\x03\x04"

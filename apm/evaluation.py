@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apm.cache import cached
-from apm.cli import is_out_of_memory
-from apm.datasets import LabelledImages
-from apm.files import atomic_path, read_json
+from apm.data.cache import cached
+from apm.data.test_sets import LabelledImages
+from apm.runtime.cli import is_out_of_memory
+from apm.runtime.files import atomic_path, read_json
 from apm.teachers import TokenTeacher
 from apm.tta import Adaptation, TestTimeTrainer
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from apm.files import atomic_path
+from apm.runtime.files import atomic_path
 
 
 def save_figure(path: Path, figure: Figure) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from apm.cli import ROOT, Results, make_parser
-from apm.data import image_names, load_image, load_images
-from apm.files import atomic_path
+from apm.data.images import image_names, load_image, load_images
+from apm.drawing import overlay, panels, save_picture
 from apm.islands import island_colours
-from apm.percept import Percept, View
-from apm.pictures import overlay, panels, save_picture
+from apm.predictor import Percept, View
+from apm.runtime.cli import ROOT, Results, make_parser
+from apm.runtime.files import atomic_path
 
 
 def island_parser(description: str, *flags: str, output: Path) -> ArgumentParser:

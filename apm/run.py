@@ -15,14 +15,14 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from apm.checkpoint import load_tensors, save_model, save_tensors
-from apm.data import DistillationDataset
-from apm.distributed import rank, world_size
+from apm.data.images import DistillationDataset
+from apm.distill import DistillationTrainer, NonFiniteError, split_batch
 from apm.figures import loss_figure
-from apm.files import atomic_path
-from apm.interrupts import delayed_signals
-from apm.logs import StepLog
 from apm.resumable import generator_at
-from apm.training import DistillationTrainer, NonFiniteError, split_batch
+from apm.runtime.distributed import rank, world_size
+from apm.runtime.files import atomic_path
+from apm.runtime.interrupts import delayed_signals
+from apm.runtime.logs import StepLog
 
 STATE = "last.pth"
 CHECKPOINT = "apm.pth"

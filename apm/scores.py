@@ -8,7 +8,7 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-from apm.data import image_names, load_labels
+from apm.data.images import image_names, load_labels
 from apm.model import APM
 
 UNLABELLED = 0

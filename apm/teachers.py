@@ -16,7 +16,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from apm.files import cache_home
+from apm.runtime.files import cache_home
 
 DEFAULT_TEACHER = "vit_large_patch14_reg4_dinov2.lvd142m"
 

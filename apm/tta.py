@@ -14,8 +14,8 @@ from torch.func import functional_call, vmap
 from torch.optim import Adam
 from torch.optim.lr_scheduler import StepLR
 
-from apm.cli import precision
 from apm.model import APM, APMConfig
+from apm.runtime.cli import precision
 
 INITIAL_STD = 0.01
 

@@ -24,7 +24,19 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader
 
 from apm import APM, APMConfig, load_model
-from apm.cli import (
+from apm.data.features import StoreWriter, file_sizes, open_store, pack
+from apm.data.images import DistillationDataset, load_image
+from apm.distill import DistillationTrainer
+from apm.evaluation import adapt_each
+from apm.figures import save_figure
+from apm.islands import island_colours
+from apm.losses import rgb_targets
+from apm.model import QueryLinear
+from apm.positional_encoding import sincos_2d
+from apm.predictor import perceive
+from apm.preprocessing import Preprocessing
+from apm.run import Waiting
+from apm.runtime.cli import (
     BUNDLED_CHECKPOINT,
     OUTPUTS,
     ROOT,
@@ -35,20 +47,8 @@ from apm.cli import (
     precision,
     select_device,
 )
-from apm.counting import torch_macs
-from apm.data import DistillationDataset, load_image
-from apm.evaluation import adapt_each
-from apm.figures import save_figure
-from apm.files import prepare_output
-from apm.islands import island_colours
-from apm.losses import rgb_targets
-from apm.model import QueryLinear
-from apm.percept import perceive
-from apm.positional_encoding import sincos_2d
-from apm.preprocessing import Preprocessing
-from apm.run import Waiting
-from apm.store import StoreWriter, file_sizes, open_store, pack
-from apm.training import DistillationTrainer
+from apm.runtime.counting import torch_macs
+from apm.runtime.files import prepare_output
 from apm.tta import TestTimeTrainer
 
 LOCATIONS = 1024

@@ -19,11 +19,11 @@ from table import compare, print_notes, print_table
 from torch import Tensor, nn
 
 from apm import APM, APMConfig
-from apm.cli import OUTPUTS, Results, command, make_parser, positive_int, select_device
-from apm.counting import torch_macs
 from apm.figures import save_figure
-from apm.files import prepare_output
 from apm.positional_encoding import sincos_2d
+from apm.runtime.cli import OUTPUTS, Results, command, make_parser, positive_int, select_device
+from apm.runtime.counting import torch_macs
+from apm.runtime.files import prepare_output
 
 META = torch.device("meta")  # shapes without memory, enough to count what has no data-made shapes
 ITERATIONS = 20

@@ -26,8 +26,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
 from apm import APM, APMConfig
-from apm.cli import OUTPUTS, Results, command, make_parser, select_device
-from apm.files import prepare_output
+from apm.runtime.cli import OUTPUTS, Results, command, make_parser, select_device
+from apm.runtime.files import prepare_output
 from apm.tta import TestTimeTrainer
 
 CHUNKS = (128, 512, 1024)

@@ -10,8 +10,8 @@ from table import compare, print_notes, print_table
 from torch import nn
 
 from apm import APM, APMConfig
-from apm.cli import OUTPUTS, Results, command, make_parser
-from apm.files import prepare_output
+from apm.runtime.cli import OUTPUTS, Results, command, make_parser
+from apm.runtime.files import prepare_output
 
 META = torch.device("meta")  # shapes are enough
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from apm.counting import torch_macs
+from apm.runtime.counting import torch_macs
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # one of fvcore's losses uses the deprecated torch.jit.script

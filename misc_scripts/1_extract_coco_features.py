@@ -20,12 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from apm.cli import OUTPUTS, Results, command, make_parser, precision, select_device
-from apm.data import PictureDataset, image_names
-from apm.distributed import claim_gpu, process_group, rank, wait_for_all, world_size
-from apm.files import prepare_output
-from apm.preprocessing import Preprocessing
-from apm.store import (
+from apm.data.features import (
     STORE_DTYPES,
     FeatureStore,
     Packed,
@@ -35,6 +30,11 @@ from apm.store import (
     join,
     pack,
 )
+from apm.data.images import PictureDataset, image_names
+from apm.preprocessing import Preprocessing
+from apm.runtime.cli import OUTPUTS, Results, command, make_parser, precision, select_device
+from apm.runtime.distributed import claim_gpu, process_group, rank, wait_for_all, world_size
+from apm.runtime.files import prepare_output
 from apm.teachers import DEFAULT_TEACHER, DenseTeacher, load_dense_teacher
 
 

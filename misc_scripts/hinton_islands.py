@@ -14,11 +14,19 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import center_crop
 
-from apm.cli import FLAGS, OUTPUTS, Results, command, precision, seed_everything, select_device
-from apm.files import prepare_output
 from apm.island_figures import draw_islands, input_images, island_parser
-from apm.percept import View
+from apm.predictor import View
 from apm.preprocessing import Preprocessing, to_pixels
+from apm.runtime.cli import (
+    FLAGS,
+    OUTPUTS,
+    Results,
+    command,
+    precision,
+    seed_everything,
+    select_device,
+)
+from apm.runtime.files import prepare_output
 from apm.video import VideoTeacher, load_video_teacher
 
 

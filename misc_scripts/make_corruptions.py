@@ -21,11 +21,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from apm.cli import OUTPUTS, Results, command, make_parser, positive_int, select_device
 from apm.corruptions import PARAMETERS, SEVERITIES, corrupt
-from apm.data import find_images, load_image, load_images
-from apm.files import atomic_path, dated_sha256, prepare_output, read_array, read_json
+from apm.data.images import find_images, load_image, load_images
 from apm.preprocessing import Preprocessing
+from apm.runtime.cli import OUTPUTS, Results, command, make_parser, positive_int, select_device
+from apm.runtime.files import atomic_path, dated_sha256, prepare_output, read_array, read_json
 
 JPEG_QUALITY = 85
 KEPT_SUFFIXES = (".jpg", ".jpeg", ".png")

@@ -12,10 +12,10 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from apm.cli import OUTPUTS, Results, command, make_parser, positive_int, select_device
-from apm.data import image_names, load_image
-from apm.files import atomic_path, prepare_output
+from apm.data.images import image_names, load_image
 from apm.preprocessing import Preprocessing
+from apm.runtime.cli import OUTPUTS, Results, command, make_parser, positive_int, select_device
+from apm.runtime.files import atomic_path, prepare_output
 
 
 def resize(item: tuple[str, Path], preprocessing: Preprocessing, output: Path) -> dict[str, str]:

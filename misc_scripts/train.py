@@ -19,7 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from apm import APM, APMConfig, load_model
-from apm.cli import (
+from apm.data.features import FeatureStore, NpyStore, describe_teacher, file_sizes, open_store
+from apm.data.images import DistillationDataset, image_names
+from apm.distill import DistillationTrainer, start_at_mean, start_rgb_head
+from apm.preprocessing import Preprocessing
+from apm.run import CHECKPOINT, Run, refuse_a_second_run
+from apm.runtime.cli import (
     OUTPUTS,
     Results,
     command,
@@ -29,14 +34,9 @@ from apm.cli import (
     select_device,
     share,
 )
-from apm.data import DistillationDataset, image_names
-from apm.distributed import claim_gpu, process_group, rank, wait_for_all, world_size
-from apm.files import file_sha256, listing_sha256, prepare_output
-from apm.preprocessing import Preprocessing
-from apm.run import CHECKPOINT, Run, refuse_a_second_run
-from apm.store import FeatureStore, NpyStore, describe_teacher, file_sizes, open_store
+from apm.runtime.distributed import claim_gpu, process_group, rank, wait_for_all, world_size
+from apm.runtime.files import file_sha256, listing_sha256, prepare_output
 from apm.teachers import DenseTeacher, load_dense_teacher
-from apm.training import DistillationTrainer, start_at_mean, start_rgb_head
 
 CONFIGS = {"small": APMConfig.small, "coco": APMConfig.coco}
 # Flags that the trainer takes as they are.

@@ -19,20 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from apm import APM, APMConfig
-from apm.cache import cached
-from apm.cli import (
-    OUTPUTS,
-    ROOT,
-    Results,
-    command,
-    make_parser,
-    positive_int,
-    seed_everything,
-    select_device,
-)
-from apm.counting import torch_macs
-from apm.data import load_image
-from apm.datasets import ALL, CIFAR10_CLASSES, DATASETS, LabelledImages, load_dataset, spread
+from apm.data.cache import cached
+from apm.data.images import load_image
+from apm.data.prompts import load_templates
+from apm.data.test_sets import ALL, CIFAR10_CLASSES, DATASETS, LabelledImages, load_dataset, spread
+from apm.drawing import panels, save_gif, save_picture
 from apm.evaluation import (
     RowLog,
     TeacherEmbeddings,
@@ -42,10 +33,19 @@ from apm.evaluation import (
     summarise,
 )
 from apm.figures import log_loss_figure
-from apm.files import cache_home, file_sha256, prepare_output
 from apm.islands import island_series
-from apm.pictures import panels, save_gif, save_picture
-from apm.prompts import load_templates
+from apm.runtime.cli import (
+    OUTPUTS,
+    ROOT,
+    Results,
+    command,
+    make_parser,
+    positive_int,
+    seed_everything,
+    select_device,
+)
+from apm.runtime.counting import torch_macs
+from apm.runtime.files import cache_home, file_sha256, prepare_output
 from apm.teachers import (
     OPEN_CLIP,
     ClassifierTeacher,

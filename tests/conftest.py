@@ -15,7 +15,7 @@ from apm import APM, APMConfig, save_model
 from apm.preprocessing import Preprocessing
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "misc_scripts" / "bundled")]
 torch.set_num_threads(2)
 
 # What scripts keep in the user's cache is no business of the tests, nor theirs of the user.

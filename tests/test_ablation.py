@@ -10,12 +10,12 @@ import torch
 from conftest import load_script, make_model, photograph
 from PIL import Image
 
-from apm.data import image_names
+from apm.data.features import StoreWriter, file_sizes, pack
+from apm.data.images import image_names
 from apm.preprocessing import Preprocessing
-from apm.store import StoreWriter, file_sizes, pack
 from apm.teachers import DenseTeacher
 
-ablation = load_script("misc_scripts/ablation.py")
+ablation = load_script("misc_scripts/bundled/ablation.py")
 
 
 @pytest.fixture

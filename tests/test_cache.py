@@ -3,7 +3,7 @@ import logging
 import pytest
 import torch
 
-from apm.cache import cached
+from apm.data.cache import cached
 
 
 @pytest.fixture

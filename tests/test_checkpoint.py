@@ -8,7 +8,7 @@ from reference import coco, tta
 
 from apm import load_model, save_model
 from apm.checkpoint import from_released
-from apm.training import start_at_mean
+from apm.distill import start_at_mean
 
 
 def assert_same_weights(one, other):

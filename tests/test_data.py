@@ -4,7 +4,8 @@ import torch
 from conftest import photograph
 from PIL import Image
 
-from apm.data import (
+from apm.data.features import NpyStore
+from apm.data.images import (
     DistillationDataset,
     PictureDataset,
     crop_features,
@@ -13,7 +14,6 @@ from apm.data import (
     load_image,
 )
 from apm.preprocessing import Preprocessing
-from apm.store import NpyStore
 
 
 def test_every_mode_becomes_upright_rgb(tmp_path):

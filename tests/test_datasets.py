@@ -6,7 +6,7 @@ import timm.data
 from conftest import photograph
 
 from apm.corruptions import PARAMETERS
-from apm.datasets import (
+from apm.data.test_sets import (
     CIFAR10_CLASSES,
     DATASETS,
     load_dataset,

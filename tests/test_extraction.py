@@ -17,8 +17,8 @@ import timm
 import torch
 from conftest import ROOT, load_script, photograph
 
-import apm.store
-from apm.store import FeatureStore, StoreWriter
+import apm.data.features
+from apm.data.features import FeatureStore, StoreWriter
 
 main = load_script("misc_scripts/1_extract_coco_features.py").main
 
@@ -35,7 +35,7 @@ def images(tmp_path):
 @pytest.fixture
 def arguments(tmp_path, images, monkeypatch):
     """The flags for a tiny ViT with random weights; shards of two images."""
-    monkeypatch.setattr(apm.store, "SHARD_IMAGES", 2)
+    monkeypatch.setattr(apm.data.features, "SHARD_IMAGES", 2)
     torch.manual_seed(0)
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "vit.pth")
     return [
@@ -175,7 +175,7 @@ def test_kill_9_loses_and_doubles_nothing_with_random_weights(arguments, tmp_pat
     arguments = [*arguments, "--output", str(tmp_path / "killed")]
     script = ROOT / "misc_scripts" / "1_extract_coco_features.py"
     code = (
-        "import runpy, sys, apm.store; apm.store.SHARD_IMAGES = 2; "
+        "import runpy, sys, apm.data.features; apm.data.features.SHARD_IMAGES = 2; "
         f"sys.argv = [{str(script)!r}, *{arguments!r}]; "
         "runpy.run_path(sys.argv[0], None, '__main__')"
     )

@@ -331,7 +331,7 @@ def test_a_failing_process_is_one_line(memory, tmp_path, capsys, monkeypatch):
 
 def test_the_released_training_step_is_ours():
     """Equal arithmetic, so that their times may be compared."""
-    benchmark, training = (importlib.import_module(n) for n in ("benchmark", "apm.training"))
+    benchmark, training = (importlib.import_module(n) for n in ("benchmark", "apm.distill"))
     one, other = make_model(), make_model()
     trainer = training.DistillationTrainer(one, torch.zeros(16), torch.ones(16), steps=1)
     optimizer = torch.optim.Adam(other.parameters(), lr=1e-4)

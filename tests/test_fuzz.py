@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save as save_safetensors
 
 from apm import APM, load_model, save_model
-from apm.data import load_image
+from apm.data.features import open_store
+from apm.data.images import load_image
+from apm.data.prompts import load_templates
 from apm.evaluation import RowLog
-from apm.files import read_json
-from apm.prompts import load_templates
-from apm.store import open_store
+from apm.runtime.files import read_json
 
 SCALE = int(os.environ.get("APM_FUZZ", 1))
 

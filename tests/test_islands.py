@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from apm.islands import METHODS, island_colours, island_series, principal_components
-from apm.percept import undo_token_offset
+from apm.predictor import undo_token_offset
 from apm.scores import island_scores, location_labels
 
 

@@ -195,7 +195,7 @@ def test_pictures_are_there_and_together_below_5_mb():
 
 
 def test_the_architecture_figure_is_drawn_by_its_script(tmp_path):
-    script = load_script("misc_scripts/draw_architecture.py")
+    script = load_script("misc_scripts/bundled/draw_architecture.py")
     assert script.main(["--output", str(tmp_path)]) == 0
     with (
         Image.open(tmp_path / "architecture.png") as figure,

@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader, Dataset
 from zygote import Zygote
 
 from apm import save_model
-from apm.cli import command, make_parser
-from apm.data import find_images, load_image
+from apm.data.images import find_images, load_image
+from apm.drawing import save_gallery, save_picture
 from apm.evaluation import RowLog
-from apm.files import LOCK, atomic_path, cache_home, prepare_output, release_outputs
-from apm.percept import perceive, query_in_memory
-from apm.pictures import save_gallery, save_picture
+from apm.predictor import perceive, query_in_memory
+from apm.runtime.cli import command, make_parser
+from apm.runtime.files import LOCK, atomic_path, cache_home, prepare_output, release_outputs
 
 
 @pytest.fixture(autouse=True)

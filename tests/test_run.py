@@ -19,11 +19,11 @@ from reference import coco
 
 from apm import load_model, save_model
 from apm.checkpoint import from_released
-from apm.data import image_names
+from apm.data.features import StoreWriter, file_sizes, pack
+from apm.data.images import image_names
+from apm.distill import DistillationTrainer, NonFiniteError
 from apm.preprocessing import Preprocessing
 from apm.run import STATE, Run
-from apm.store import StoreWriter, file_sizes, pack
-from apm.training import DistillationTrainer, NonFiniteError
 
 main = load_script("misc_scripts/train.py").main
 IMAGES = 14

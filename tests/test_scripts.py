@@ -14,8 +14,8 @@ from conftest import ROOT, load_script, make_model, photograph
 from PIL import Image
 
 from apm import APMConfig, load_model, save_model
-from apm.cli import FLAGS
-from apm.store import FeatureStore
+from apm.data.features import FeatureStore
+from apm.runtime.cli import FLAGS
 
 
 @pytest.fixture
@@ -320,7 +320,13 @@ def test_training_without_features_is_refused(tmp_path, photographs, capsys):
 
 SCRIPTS = [
     path.relative_to(ROOT)
-    for folder in (".", "misc_scripts", "flop_analysis", "single_token_segmentation")
+    for folder in (
+        ".",
+        "misc_scripts",
+        "misc_scripts/bundled",
+        "flop_analysis",
+        "single_token_segmentation",
+    )
     for path in sorted((ROOT / folder).glob("*.py"))
     if "def main(" in path.read_text(encoding="utf-8")
 ]

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-import apm.store
-from apm.store import FeatureStore, StoreWriter, open_store, pack
+import apm.data.features
+from apm.data.features import FeatureStore, StoreWriter, open_store, pack
 
 META = {"teacher": "a", "grid_size": 4, "feature_dim": 8, "store_dtype": "float16"}
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(apm.store, "SHARD_IMAGES", 2)
+    monkeypatch.setattr(apm.data.features, "SHARD_IMAGES", 2)
 
 
 def sizes(count=5):

@@ -5,7 +5,7 @@ import timm
 import torch
 from conftest import photograph, save_tiny_clip
 
-from apm.prompts import CLIP80, SINGLE, load_templates
+from apm.data.prompts import CLIP80, SINGLE, load_templates
 from apm.teachers import ClassifierTeacher, imagenet_index, load_token_teacher
 
 

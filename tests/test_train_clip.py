@@ -8,10 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import load_script
 from PIL import Image
-from torch import nn
-
-from apm.teachers import load_token_teacher
-from apm.tiny_clip import (
+from tiny_clip import (
     BORDER,
     ClipTrainer,
     augment,
@@ -21,6 +18,9 @@ from apm.tiny_clip import (
     start_from_vit,
     tokenize,
 )
+from torch import nn
+
+from apm.teachers import load_token_teacher
 
 NAMES, TEMPLATES = ("red", "blue"), ("a photo of a {}", "the {} one", "see the bright {} there")
 VIT = "vit_tiny_patch16_224"
@@ -148,7 +148,7 @@ def data(tmp_path_factory):
 
 
 def test_the_script_makes_a_teacher_and_resumes_with_random_weights(data, tmp_path, capsys):
-    main = load_script("misc_scripts/train_clip.py").main
+    main = load_script("misc_scripts/bundled/train_clip.py").main
     torch.manual_seed(0)
     weights = tmp_path / "vit.pth"
     torch.save(timm.create_model(VIT).state_dict(), weights)
@@ -189,7 +189,7 @@ def test_the_script_makes_a_teacher_and_resumes_with_random_weights(data, tmp_pa
 
 
 def test_bad_input_is_one_line_and_status_2(data, tmp_path, capsys):
-    main = load_script("misc_scripts/train_clip.py").main
+    main = load_script("misc_scripts/bundled/train_clip.py").main
     (tmp_path / "half" / "train" / "a").mkdir(parents=True)
     for extra, message in (
         (["--data-root", str(tmp_path / "none")], "no cifar10 there"),

@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from conftest import make_model
 
-from apm.distributed import claim_gpu, world_size
-from apm.interrupts import delayed_signals
+from apm.distill import DistillationTrainer, NonFiniteError, split_batch, start_at_mean
 from apm.losses import (
     feature_loss,
     relational_feature_loss,
@@ -18,7 +17,8 @@ from apm.losses import (
     standardised_feature_loss,
 )
 from apm.preprocessing import Preprocessing
-from apm.training import DistillationTrainer, NonFiniteError, split_batch, start_at_mean
+from apm.runtime.distributed import claim_gpu, world_size
+from apm.runtime.interrupts import delayed_signals
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="processes are forked")
 

@@ -77,14 +77,14 @@ def serve() -> None:
     import torch
     from conftest import TINY, load_script
 
-    import apm.store
+    import apm.data.features
     from apm import APMConfig
 
     def tiny_student(feature_dim: int = 768, pooling: str = "attention") -> APMConfig:
         return APMConfig(**TINY | {"feature_dim": feature_dim, "pooling": pooling})
 
     APMConfig.tta = tiny_student
-    apm.store.SHARD_IMAGES = 4
+    apm.data.features.SHARD_IMAGES = 4
     torch.set_num_threads(1)
     ended: list[int] = []
     for line in sys.stdin:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from apm.files import atomic_path, file_sha256, listing_sha256, read_array, read_json
+from apm.runtime.files import atomic_path, file_sha256, listing_sha256, read_array, read_json
 
 if TYPE_CHECKING:
     from apm.teachers import DenseTeacher

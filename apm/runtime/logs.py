@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from apm.files import atomic_path
+from apm.runtime.files import atomic_path
 
 
 class StepLog:

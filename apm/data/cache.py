@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apm.files import atomic_path, file_sha256, read_array, read_json
+from apm.runtime.files import atomic_path, file_sha256, read_array, read_json
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apm.cli import precision
-from apm.distributed import broadcast_weights, rank, sum_over_processes, world_size
-from apm.interrupts import delayed_signals
 from apm.losses import (
     feature_loss,
     relational_feature_loss,
@@ -20,6 +17,9 @@ from apm.losses import (
 from apm.model import APM
 from apm.positional_encoding import sincos_2d
 from apm.resumable import ResumableTrainer, generator_at
+from apm.runtime.cli import precision
+from apm.runtime.distributed import broadcast_weights, rank, sum_over_processes, world_size
+from apm.runtime.interrupts import delayed_signals
 from apm.teachers import DenseTeacher
 
 LOSSES = ("feature_loss", "rgb_loss")

@@ -15,17 +15,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import train
 from torch import Tensor, nn
 
 from apm import APM
-from apm.cli import OUTPUTS, Results, command, make_parser, seed_everything, select_device
-from apm.data import image_names, load_images
-from apm.files import file_sha256, listing_sha256, prepare_output, read_json
-from apm.percept import perceive
+from apm.data.features import file_sizes, open_store
+from apm.data.images import image_names, load_images
+from apm.predictor import perceive
+from apm.runtime.cli import OUTPUTS, Results, command, make_parser, seed_everything, select_device
+from apm.runtime.files import file_sha256, listing_sha256, prepare_output, read_json
 from apm.scores import island_scores, mask_labels, mean_scores, pair_with_masks
-from apm.store import file_sizes, open_store
 from apm.teachers import DenseTeacher, load_dense_teacher
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train
 
 VALIDATION_IMAGES = 64
 BASE = (

@@ -14,11 +14,15 @@ from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from tiny_clip import ClipTrainer, new_clip, normalise, separate_classes, start_from_vit
 from torch import Tensor
 from tqdm import tqdm
 
 from apm.checkpoint import save_tensors
-from apm.cli import (
+from apm.data.prompts import SINGLE, load_templates
+from apm.data.test_sets import LabelledImages, load_splits, spread
+from apm.run import STATE, load_state, refuse_a_second_run
+from apm.runtime.cli import (
     OUTPUTS,
     ROOT,
     Results,
@@ -28,12 +32,8 @@ from apm.cli import (
     seed_everything,
     select_device,
 )
-from apm.datasets import LabelledImages, load_splits, spread
-from apm.files import file_sha256, prepare_output
-from apm.prompts import SINGLE, load_templates
-from apm.run import STATE, load_state, refuse_a_second_run
+from apm.runtime.files import file_sha256, prepare_output
 from apm.teachers import TokenTeacher, load_dense_teacher, load_token_teacher
-from apm.tiny_clip import ClipTrainer, new_clip, normalise, separate_classes, start_from_vit
 
 SIZE, PATCH = 32, 4  # px
 

@@ -15,8 +15,8 @@ from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from apm.cli import precision
 from apm.resumable import ResumableTrainer, generator_at
+from apm.runtime.cli import precision
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of pkg_resources

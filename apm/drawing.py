@@ -9,7 +9,7 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from apm.files import atomic_path
+from apm.runtime.files import atomic_path
 
 GAP = 12
 

@@ -20,10 +20,10 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from apm.files import atomic_path, release_outputs
 from apm.islands import METHODS
+from apm.runtime.files import atomic_path, release_outputs
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BUNDLED_CHECKPOINT = ROOT / "checkpoints" / "apm_small.pth"
 OUTPUTS = ROOT / "outputs"
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from apm.preprocessing import Preprocessing, to_pixels
 
 if TYPE_CHECKING:
-    from apm.store import FeatureStore, NpyStore
+    from apm.data.features import FeatureStore, NpyStore
 
 IMAGE_SUFFIXES = frozenset(
     suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN

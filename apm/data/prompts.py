@@ -3,7 +3,7 @@
 from pathlib import Path
 
 SINGLE = ("a photo of a {}",)  # the released script's
-CLIP80 = Path(__file__).resolve().parent.parent / "single_token_segmentation" / "clip80.txt"
+CLIP80 = Path(__file__).resolve().parents[2] / "single_token_segmentation" / "clip80.txt"
 
 
 def load_templates(choice: str) -> tuple[str, ...]:

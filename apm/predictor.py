@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from apm.cli import is_out_of_memory, precision
 from apm.model import APM
 from apm.preprocessing import to_pixels
+from apm.runtime.cli import is_out_of_memory, precision
 
 logger = logging.getLogger(__name__)
 

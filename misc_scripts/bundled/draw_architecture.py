@@ -16,12 +16,12 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from PIL import Image
 
 from apm import APM, APMConfig, load_model
-from apm.cli import OUTPUTS, ROOT, Results, command, make_parser
-from apm.data import load_image
-from apm.files import atomic_path, prepare_output
+from apm.data.images import load_image
 from apm.islands import island_colours
-from apm.percept import Percept, perceive
 from apm.positional_encoding import sincos_2d
+from apm.predictor import Percept, perceive
+from apm.runtime.cli import OUTPUTS, ROOT, Results, command, make_parser
+from apm.runtime.files import atomic_path, prepare_output
 
 WIDTH, HEIGHT = 12.0, 5.3  # inches, and the units of every coordinate below
 DPI = 150

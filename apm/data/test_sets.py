@@ -13,8 +13,8 @@ from torch.utils.data import ConcatDataset, Dataset
 from torchvision import datasets
 
 from apm.corruptions import PARAMETERS
-from apm.data import load_image
-from apm.files import dated_sha256, read_array
+from apm.data.images import load_image
+from apm.runtime.files import dated_sha256, read_array
 from apm.teachers import imagenet_index, imagenet_names
 
 

@@ -1,0 +1,1 @@
+"""Images, teacher features and test sets: what models are given."""

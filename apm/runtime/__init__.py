@@ -1,0 +1,1 @@
+"""Flags, devices, files, processes, logs: nothing here knows the paper."""
