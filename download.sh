@@ -8,20 +8,17 @@
 #   coco-train   COCO train2017, 19 GB    -> data/coco/train2017/
 #
 # Run it again after an interruption: it goes on where it stopped, and skips what is there. A file or
-# folder has its final name only when it is whole. COCO publishes no hashes: sizes, checksums inside
-# the archives and the number of images are compared.
+# folder has its final name only when it is whole. Nobody publishes hashes: sizes, checksums inside
+# the archives, the number of images and the checkpoint's weights are checked.
 #
-#   APM_DOWNLOAD_BASE   a mirror with model_15.pth, data.zip, val2017.zip and train2017.zip. The
-#                       checkpoint needs it, and without it ends in an error: the address of the
-#                       paper's server is not known here.
+#   APM_DOWNLOAD_BASE   a mirror of all four files, instead of the paper's server and COCO's
 #   APM_DOWNLOAD_STALL  seconds without data after which a connection is given up (default 30)
 #   PYTHON              interpreter (default: .venv/bin/python, else python3)
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$0")"
 
-COCO=http://images.cocodataset.org/zips
-BASE=${APM_DOWNLOAD_BASE:-}
-STALL=${APM_DOWNLOAD_STALL:-30}
+PAPER=${APM_DOWNLOAD_BASE:-https://www.cs.ucf.edu/~rmodi/apm}
+COCO=${APM_DOWNLOAD_BASE:-http://images.cocodataset.org/zips}
 ATTEMPTS=5
 # Reads tensors only: nothing in the file is run.
 VERIFY_CHECKPOINT='
@@ -42,8 +39,9 @@ die() {
     exit 1
 }
 
-no_network() {
-    die "no network: $1 cannot be reached; the bundled checkpoints/apm_small.pth works without it"
+# unavailable URL REASON
+unavailable() {
+    die "$1: $2; the bundled checkpoints/apm_small.safetensors needs no download"
 }
 
 file_size() {
@@ -52,25 +50,20 @@ file_size() {
 
 call_curl() {
     curl --fail --location --silent --connect-timeout 20 \
-        --speed-limit 1 --speed-time "$STALL" "$@"
+        --speed-limit 1 --speed-time "${APM_DOWNLOAD_STALL:-30}" "$@"
 }
 
 # The size that the server announces, 0 if it does not.
 remote_size() {
-    local status=0 headers
-    headers=$(call_curl --head --max-time 60 "$1") || status=$?
-    case $status in
-        5 | 6 | 7) no_network "$1" ;;
-        0) ;;
-        *) headers='' ;; # not every server answers HEAD: the download will tell
-    esac
+    local headers
+    headers=$(call_curl --head --max-time 60 "$1") || headers='' # the download will tell why
     tr -d '\r' <<<"$headers" | awk '
         tolower($1) ~ /^http\// {n = 0} # a redirect: its length is not the file'"'"'s
         tolower($1) == "content-length:" {n = $2}
         END {print n + 0}'
 }
 
-# check_disk BYTES FOLDER WHAT
+# check_disk BYTES FOLDER URL
 check_disk() {
     local free
     free=$(df -Pk "$2" | awk 'NR == 2 {print $4}')
@@ -95,19 +88,16 @@ fetch() {
                 if ((size == 0 || $(file_size "$part") == size)); then return; fi
                 rm -f "$part" # not what was announced: nothing to go on from
                 ;;
-            5 | 6 | 7) no_network "$url" ;;
+            5 | 6 | 7) unavailable "$url" "cannot be reached (no network?)" ;;
             22) # 404 and its like; or PART was whole already, of a size nobody knew
-                [[ $size == 0 && -s $part ]] || break
+                [[ $size == 0 && -s $part ]] || unavailable "$url" "refused by the server (not there?)"
                 rm -f "$part"
                 ;;
-            33) rm -f "$part" ;;       # the server cannot resume
             23) die "$part: cannot be written" ;;
+            33) rm -f "$part" ;; # the server cannot resume
         esac
     done
-    case $status in
-        22) die "$url: refused by the server (not there?)" ;;
-        *) die "$url: could not be downloaded whole in $ATTEMPTS attempts; try again to go on" ;;
-    esac
+    unavailable "$url" "could not be downloaded whole in $ATTEMPTS attempts, try again to go on"
 }
 
 # verify PART ARGUMENTS: run Python on what was downloaded. Status 2 says that PART is bad, and it is
@@ -127,16 +117,15 @@ verify() {
     esac
 }
 
-# fetch_archive NAME SERVER FOLDER [how to unpack]: download and unpack an archive.
+# fetch_archive URL FOLDER [how to unpack]: download and unpack an archive.
 fetch_archive() {
-    local name=$1 url=${BASE:-$2}/$1 folder=$3 part=data/$1.part
-    shift 3
+    local url=$1 folder=$2 part=data/${1##*/}.part
+    shift 2
     if [[ -d $folder ]]; then
         echo "$folder: there already"
         return
     fi
     fetch "$url" "$part" 2
-    mkdir -p "$(dirname "$folder")"
     verify "$part" misc_scripts/unpack_archive.py --input "$part" --output "$folder" "$@"
     rm -f "$part"
     echo "$folder: done"
@@ -144,40 +133,29 @@ fetch_archive() {
 
 fetch_checkpoint() {
     local target=checkpoints/model_15.pth part=checkpoints/model_15.pth.part reason
-    [[ -n $BASE ]] || die "checkpoint: the address of the paper's server is not known here, set" \
-        "APM_DOWNLOAD_BASE to a mirror; the bundled checkpoints/apm_small.pth needs no download"
     if [[ -f $target ]]; then
         echo "$target: there already"
     else
         reason=$("$PYTHON" -c 'import apm' 2>&1) || die "$PYTHON cannot verify the checkpoint" \
             "(${reason##*$'\n'}): pip install -r requirements.txt"
-        fetch "$BASE/model_15.pth" "$part" 1
+        fetch "$PAPER/model_15.pth" "$part" 1
         verify "$part" -c "$VERIFY_CHECKPOINT" "$part"
         mv "$part" "$target"
         echo "$target: done"
     fi
-    fetch_archive data.zip "$BASE" data/paper
+    fetch_archive "$PAPER/data.zip" data/paper
 }
 
-fetch_target() {
-    case $1 in
-        checkpoint) fetch_checkpoint ;;
-        coco-val)
-            fetch_archive val2017.zip $COCO data/coco/val2017 --inside val2017 --images 5000
-            ;;
-        coco-train)
-            fetch_archive train2017.zip $COCO data/coco/train2017 --inside train2017 --images 118287
-            ;;
-    esac
+fetch_coco() {
+    fetch_archive "$COCO/$1.zip" "data/coco/$1" --inside "$1" --images "$2"
 }
 
 main() {
-    local target targets=()
-    for target in "${@:-default}"; do
+    local target
+    (($# > 0)) || set -- coco-val checkpoint
+    for target; do
         case $target in
-            checkpoint | coco-val | coco-train) targets+=("$target") ;;
-            all) targets+=(coco-val coco-train checkpoint) ;;
-            default) targets+=(coco-val checkpoint) ;;
+            checkpoint | coco-val | coco-train | all) ;;
             -h | --help)
                 sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]##*/}"
                 return
@@ -185,14 +163,19 @@ main() {
             *) die "$target: expected checkpoint, coco-val, coco-train or all (see --help)" ;;
         esac
     done
+    if [[ " $* " == *' all '* ]]; then set -- coco-val coco-train checkpoint; fi
     command -v curl >/dev/null || die "needs curl"
     mkdir -p data
     if command -v flock >/dev/null; then
         exec 9>data/.download.lock
         flock -n 9 || die "another download.sh is at work here"
     fi
-    for target in "${targets[@]}"; do
-        fetch_target "$target"
+    for target; do
+        case $target in
+            checkpoint) fetch_checkpoint ;;
+            coco-val) fetch_coco val2017 5000 ;;
+            coco-train) fetch_coco train2017 118287 ;;
+        esac
     done
 }
 

@@ -7,32 +7,27 @@ how well k-means islands of student, teacher, colour and position agree with sem
 
 import sys
 from argparse import Namespace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from apm import APM, load_model
-from apm.data.images import image_names, load_images
-from apm.drawing import heat_map, overlay, panels, save_gallery, save_picture
-from apm.island_figures import island_row
-from apm.islands import island_colours, island_series
+from apm.data.images import Skipped, UnreadableImage, image_names, load_images
+from apm.drawing import heat_map, island_row, overlay, panels, save_gallery, save_picture
+from apm.islands import METHODS, island_colours, island_series
 from apm.losses import rgb_targets
-from apm.predictor import perceive
+from apm.predictor import Percept, crop_report, perceive
 from apm.preprocessing import to_pixels
-from apm.runtime.cli import (
-    OUTPUTS,
-    ROOT,
-    Results,
-    command,
-    make_parser,
-    seed_everything,
-    select_device,
-)
-from apm.runtime.files import prepare_output
+from apm.runtime.cli import OUTPUTS, Results, command, make_parser
+from apm.runtime.device import seed_everything, select_device
+from apm.runtime.files import ROOT, prepare_output
 from apm.scores import island_scores, mask_labels, mean_scores, pair_with_masks
 from apm.teachers import DenseTeacher, load_dense_teacher
+
+COCO = ROOT / "data" / "coco" / "val2017"
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -41,39 +36,38 @@ def parse(argv: list[str] | None) -> Namespace:
         __doc__,
         *("--checkpoint", "--input", "--output", "--teacher", "--teacher-weights"),
         *("--teacher-block", "--teacher-margin", "--device", "--dtype", "--seed", "--chunk-size"),
-        *("--limit", "--method"),
-        input=ROOT / "data" / "coco" / "val2017",
+        "--limit",
+        input=COCO,
         output=OUTPUTS / "visualize_coco",
     )
     add = parser.add_argument
+    add("--method", choices=METHODS, default="tsne", help="how islands are coloured")
     add("--masks", type=Path, help="folder of semantic masks, PNG of class ids named as the images")
     add("--score", action="store_true", help="score islands against --masks, draw nothing")
     args = parser.parse_args(argv)
     if args.score and args.masks is None:
         raise ValueError("--score needs --masks: a folder of semantic masks")
+    if args.input == COCO and not COCO.exists():
+        raise FileNotFoundError(
+            f"{COCO}: no such folder; name photographs with --input FOLDER, or fetch COCO's with "
+            "./download.sh coco-val"
+        )
     return args
 
 
 def build_teacher(args: Namespace, model: APM, device: torch.device) -> DenseTeacher | None:
     """The teacher that the flags name; block and margin default to those of the checkpoint."""
-    trained = model.provenance.get("teacher")
-    kinds = {"teacher": str, "block": int, "margin": int}
-    if not isinstance(trained, dict) or not all(
-        isinstance(trained.get(name), kind) for name, kind in kinds.items()
-    ):
-        trained = {}  # a file may say anything
+    trained = model.provenance.get("teacher", {})
     name = args.teacher or (args.teacher_weights and trained.get("teacher"))
     if not name:
         return None
     known = trained if trained.get("teacher") == name else {}
-    block = known.get("block", -1) if args.teacher_block is None else args.teacher_block
-    margin = known.get("margin", 0) if args.teacher_margin is None else args.teacher_margin
     teacher = load_dense_teacher(
         name,
         args.teacher_weights,
         grid_size=model.config.grid_size,
-        block=block,
-        margin=margin,
+        block=known.get("block", -1) if args.teacher_block is None else args.teacher_block,
+        margin=known.get("margin", 0) if args.teacher_margin is None else args.teacher_margin,
     )
     if teacher.feature_dim != model.config.feature_dim:
         raise ValueError(
@@ -83,105 +77,100 @@ def build_teacher(args: Namespace, model: APM, device: torch.device) -> DenseTea
     return teacher.to(device)
 
 
-def features_of(
-    image: Image.Image, model: APM, teacher: DenseTeacher | None, args: Namespace
-) -> dict[str, np.ndarray]:
-    """One picture's ``(h, w, C)`` arrays: student, teacher, colour, position; and the picture."""
-    percept = perceive(model, image, chunk_size=args.chunk_size, dtype=args.dtype)
-    pixels = to_pixels(model.preprocessing.picture(image))[None] / 255  # (1, 3, H, W)
-    side = model.config.grid_size
-    arrays = {
-        "picture": percept.picture,
-        "rgb": percept.rgb,
-        "student": percept.features,
-        "colour": rgb_targets(pixels, model.config.patch_size).view(side, side, 3).numpy(),
-        "position": model.grid_positions().cpu().numpy().reshape(side, side, 2),
-    }
-    if args.score and model.config.local_width:
-        alone = perceive(model, image, chunk_size=args.chunk_size, dtype=args.dtype, local=False)
-        arrays["column alone"] = alone.features
-    if teacher is not None:
-        answers = teacher(pixels.to(teacher.mean.device))[0]
-        arrays["teacher"] = answers.unflatten(0, (side, side)).cpu().numpy()
-    return arrays
-
-
 def directions(features: np.ndarray) -> np.ndarray:
     """``(S, h, w, F)`` -> every grid centred, every location of length 1: students' are shorter."""
     centred = features - features.mean(axis=(1, 2), keepdims=True)
     return centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-12)
 
 
-def draw(arrays: dict[str, np.ndarray], args: Namespace, path: Path) -> None:
-    """One picture's figure."""
-    names = [name for name in ("student", "teacher") if name in arrays]
-    features = np.stack([arrays[name] for name in names])
-    if args.method == "tsne":
-        colours = island_series(features, seed=args.seed)
+def figure(percept: Percept, teacher: np.ndarray | None, method: str, seed: int) -> np.ndarray:
+    """One picture's figure, with a second row for the teacher's features ``(h, w, F)``."""
+    features = np.stack([percept.features] if teacher is None else [percept.features, teacher])
+    if method == "tsne":
+        colours = island_series(features, seed=seed)
     else:
-        comparable = directions(features) if "teacher" in arrays else features
-        colours = island_colours(comparable, args.method, args.seed)
-    rows = [island_row(arrays["picture"], colours[0], arrays["rgb"])]
-    if "teacher" in arrays:
-        student, teacher = directions(features)
-        cosine = (student * teacher).sum(axis=-1)
+        comparable = features if teacher is None else directions(features)
+        colours = island_colours(comparable, method, seed)
+    rows = [island_row(percept, colours[0])]
+    if teacher is not None:
+        one, other = directions(features)
+        cosine = (one * other).sum(axis=-1)
         rows.append(
             {
                 "teacher's islands": colours[1],
-                "teacher's islands over input": overlay(arrays["picture"], colours[1]),
+                "teacher's islands over input": overlay(percept.picture, colours[1]),
                 "error: black 0, bright opposite": heat_map((1 - cosine) / 2),
             }
         )
-    save_picture(path, panels(rows))
+    return panels(rows)
 
 
-def score(arrays: dict[str, np.ndarray], mask: Path, model: APM, seed: int) -> dict:
-    """ARI and NMI of every kind of feature on one picture; empty if its mask has one class."""
-    labels = mask_labels(mask, model)
-    rows = {}
-    for name in ("student", "column alone", "teacher", "colour", "position"):
-        if name in arrays:
-            points = arrays[name].reshape(len(labels), -1)
-            if (values := island_scores(points, labels, seed)) is not None:
-                rows[name] = values
-    return rows
+def score(
+    features: dict[str, np.ndarray], labels: np.ndarray, seed: int
+) -> dict[str, tuple[float, float]]:
+    """ARI and NMI of each kind of features; empty if the labels are of one class only."""
+    scores = {name: island_scores(points, labels, seed) for name, points in features.items()}
+    return {name: values for name, values in scores.items() if values is not None}
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = select_device(args.device)
-    masks: dict[str, Path] = {}
     if args.score:
-        pairs = list(pair_with_masks(args.input, args.masks).items())[: args.limit]
-        paths = {name: image for name, (image, _) in pairs}
-        masks = {name: mask for name, (_, mask) in pairs}
+        pairs = dict(islice(pair_with_masks(args.input, args.masks).items(), args.limit))
+        paths = {name: image for name, (image, _) in pairs.items()}
     else:
-        paths = image_names(args.input, args.limit)
+        pairs, paths = {}, image_names(args.input, args.limit)
     model = load_model(args.checkpoint, device)
     teacher = build_teacher(args, model, device)
     output = prepare_output(args.output)
     results = Results(args, device)
     seed_everything(args.seed)
 
-    figures, scored = [], []
-    skipped: dict[str, str] = {}
+    look = partial(perceive, model, chunk_size=args.chunk_size, dtype=args.dtype)
+    patch_size, positions = model.config.patch_size, model.grid_positions().cpu().numpy()
+    scored: list[dict[str, tuple[float, float]]] = []
+    crops, skipped = {}, Skipped()
     for name, image in load_images(paths, skipped):
-        arrays = features_of(image, model, teacher, args)
+        percept = look(image)
+        features = {"student": percept.features}
+        if args.score and model.config.local_width:
+            features["column alone"] = look(image, local=False).features
+        pixels = to_pixels(model.preprocessing.picture(image))[None] / 255  # (1, 3, H, H)
+        if teacher is not None:
+            answers = teacher(pixels.to(device))[0].cpu().numpy()  # (N, F)
+            features["teacher"] = answers.reshape(percept.features.shape)
         if args.score:
-            scored.append(score(arrays, masks[name], model, args.seed))
+            try:
+                labels = mask_labels(pairs[name][1], model.preprocessing, patch_size)
+            except UnreadableImage as error:
+                skipped.add(error)
+                continue
+            features["colour"] = rgb_targets(pixels, patch_size)[0].numpy()
+            scored.append(score(features | {"position": positions}, labels, args.seed))
         else:
-            figures.append(Path(f"{name}.png"))
-            draw(arrays, args, output / figures[-1])
+            picture = figure(percept, features.get("teacher"), args.method, args.seed)
+            save_picture(output / f"{name}.png", picture)
+        crops[name] = percept.left_out
     scores = mean_scores(scored)
     if args.score and not scores:
         raise ValueError(f"{args.masks}: no mask has two classes with 10 locations each")
-    results.save(output, images=len(paths) - len(skipped), skipped=skipped, scores=scores)
-    if figures:
+    results.save(
+        output,
+        images=len(crops),
+        skipped=skipped,
+        scores=scores,
+        left_out={name: shares for name, shares in crops.items() if shares},
+    )
+    if line := crop_report(crops):
+        print(line)
+    if not args.score:
+        figures = [Path(f"{name}.png") for name in crops]
         save_gallery(output / "index.html", "Islands of agreement", figures)
         print(output / "index.html")
     if skipped:
-        print(f"{len(paths) - len(skipped)} images, {len(skipped)} skipped")
+        print(f"{len(crops)} images, {len(skipped)} skipped")
     for name, row in scores.items():
         print(f"{name:13} ARI {row['ari']:.3f}  NMI {row['nmi']:.3f}  ({row['images']} images)")
 

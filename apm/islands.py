@@ -78,7 +78,7 @@ def _tsne(
     embedding = openTSNE.TSNE(
         n_components=dim,
         initialization="pca" if fresh else openTSNE.initialization.rescale(start),
-        early_exaggeration_iter=250 if fresh else 0,  # it would shuffle the islands
+        early_exaggeration_iter=250 if fresh else 0,  # it would move islands far away
         perplexity=min(30, (len(points) - 1) / 3),
         negative_gradient_method="bh",
         random_state=seed,
@@ -98,7 +98,7 @@ def _cluster_colours(points: np.ndarray, clusters: int, seed: int) -> np.ndarray
 
     clusters = min(clusters, len(np.unique(points, axis=0)))
     labels = KMeans(clusters, n_init=4, random_state=seed).fit_predict(points)
-    # Number clusters by their centre on the first component, so that colours do not jump about.
+    # Clusters are numbered along the first component: k-means' own order is arbitrary.
     first = principal_components(points, 1)[:, 0]
     order = np.argsort([first[labels == label].mean() for label in range(clusters)])
     return matplotlib.colormaps["tab20"](np.argsort(order)[labels] % 20)[:, :3]

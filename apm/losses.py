@@ -1,50 +1,48 @@
-"""What a student learns from: the teacher's features and the image's colours (paper, section 3)."""
+"""What a student learns from: the teacher's features and the image's colours (paper, section 3).
+
+A feature loss takes answers and targets ``(B, N, F)``, and the ``(F,)`` mean and standard deviation
+of the teacher's features.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from apm.config import FEATURE_LOSSES
 
-def feature_loss(answers: Tensor, targets: Tensor) -> Tensor:
-    """The paper's loss: mean squared error of ``(..., F)`` answers and teacher features."""
+RELATION_WEIGHT = 30.0
+
+
+def mse_loss(answers: Tensor, targets: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """The paper's: mean squared error of answers and teacher features."""
     return F.mse_loss(answers, targets)
 
 
-def standardised_feature_loss(
-    answers: Tensor, targets: Tensor, mean: Tensor, std: Tensor
-) -> Tensor:
-    """Squared error plus cosine distance of features whose channels weigh alike.
-
-    Args:
-        answers, targets: ``(..., F)``.
-        mean, std: ``(F,)``, of the teacher's features.
-    """
+def standardised_loss(answers: Tensor, targets: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Squared error plus cosine distance of features whose channels have equal weight."""
     answers, targets = (answers - mean) / std, (targets - mean) / std
     cosine = F.cosine_similarity(answers, targets, dim=-1).mean()
     return F.mse_loss(answers, targets) + 1 - cosine
 
 
-def relational_feature_loss(
-    answers: Tensor, targets: Tensor, mean: Tensor, std: Tensor, weight: float = 30.0
-) -> Tensor:
-    """``standardised_feature_loss`` plus how alike the places of an image are to one another.
+def relational_loss(answers: Tensor, targets: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """``standardised_loss`` plus how alike the places of an image are to one another.
 
-    A student answers the mean of what a place may be, so what it can tell least shrinks most. The
+    A student answers the mean of what a place may be, so what it is least sure of shrinks most. The
     cosines between places, which islands are made of, are learnt as such: each image's features
-    are centred, and the squared error of all pairs counts ``weight`` times.
-
-    Args:
-        answers, targets: ``(B, N, F)``.
-        mean, std: ``(F,)``, of the teacher's features.
+    are centred, and the squared error of all pairs is weighted by ``RELATION_WEIGHT``.
     """
-    loss = standardised_feature_loss(answers, targets, mean, std)
-    return loss + weight * F.mse_loss(_cosines(answers, mean, std), _cosines(targets, mean, std))
+    one, other = (_cosines((features - mean) / std) for features in (answers, targets))
+    return standardised_loss(answers, targets, mean, std) + RELATION_WEIGHT * F.mse_loss(one, other)
 
 
-def _cosines(features: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Between all places of an image, standardised and centred: ``(B, N, F)`` -> ``(B, N, N)``."""
-    features = (features - mean) / std
+def _cosines(features: Tensor) -> Tensor:
+    """Between all places of an image, centred: ``(B, N, F)`` -> ``(B, N, N)``."""
     features = F.normalize(features - features.mean(dim=1, keepdim=True), dim=-1)
     return features @ features.mT
+
+
+_FEATURE_LOSSES = (mse_loss, standardised_loss, relational_loss)
+FEATURE_LOSS_FUNCTIONS = dict(zip(FEATURE_LOSSES, _FEATURE_LOSSES, strict=True))
 
 
 def rgb_targets(images: Tensor, patch_size: int) -> Tensor:

@@ -1,7 +1,6 @@
 """From a picture to the tensor a checkpoint expects, and back. Each checkpoint carries its own."""
 
 from dataclasses import dataclass
-from reprlib import repr  # a bounded one: values may come from a stranger's file
 
 import numpy as np
 import torch
@@ -39,11 +38,11 @@ class Preprocessing:
             "scaling": ("unit", "min-max", "imagenet"),
         }.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} {repr(getattr(self, name))} must be one of {choices}")
+                raise ValueError(f"{name} {getattr(self, name)!r:.80} must be one of {choices}")
         for name, least in (("image_size", 1), ("token_offset", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} {repr(value)} must be a whole number of at least {least}")
+                raise ValueError(f"{name} {value!r:.80} must be a whole number of at least {least}")
 
     def picture(self, image: Image.Image) -> Image.Image:
         """Resize and crop an image of any size to ``image_size``, keeping its mode.

@@ -9,7 +9,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from apm.data.images import image_names, load_labels
-from apm.model import APM
+from apm.preprocessing import Preprocessing
 
 UNLABELLED = 0
 MIN_LOCATIONS = 10
@@ -28,18 +28,17 @@ def pair_with_masks(images: Path, masks: Path) -> dict[str, tuple[Path, Path]]:
         name: (path, found[name]) for name, path in image_names(images).items() if name in found
     }
     if not pairs:
-        raise ValueError(f"{masks}: no mask is named as an image of {images}")
+        raise ValueError(f"{masks}: no mask has the name of an image of {images}")
     return pairs
 
 
-def mask_labels(mask: Path, model: APM) -> np.ndarray:
+def mask_labels(mask: Path, preprocessing: Preprocessing, patch_size: int) -> np.ndarray:
     """The class of each of a model's locations, ``(N,)``, from the mask of an image.
 
     Raises:
-        ValueError: if the mask cannot be read.
+        UnreadableImage: if the mask cannot be read.
     """
-    labels = model.preprocessing.labels(load_labels(mask))
-    return location_labels(labels, model.config.patch_size)
+    return location_labels(preprocessing.labels(load_labels(mask)), patch_size)
 
 
 def location_labels(mask: np.ndarray, patch_size: int) -> np.ndarray:
@@ -59,7 +58,7 @@ def island_scores(
     locations; unlabelled locations (0) take part in the clustering but not in the comparison.
 
     Args:
-        features: ``(N, F)`` float.
+        features: ``(..., F)`` float, N locations.
         labels: ``(N,)`` int.
 
     Returns:
@@ -70,10 +69,11 @@ def island_scores(
     k = int((counts >= MIN_LOCATIONS).sum())
     if k < 2:
         return None
-    features = features.astype(np.float32) - features.mean(axis=0, dtype=np.float32)
-    if features.shape[1] > PCA_DIM:
-        features = PCA(PCA_DIM, random_state=seed).fit_transform(features)
-    clusters = KMeans(k, n_init=4, random_state=seed).fit_predict(features)
+    points = features.reshape(len(labels), -1)
+    points = points.astype(np.float32) - points.mean(axis=0, dtype=np.float32)
+    if points.shape[1] > PCA_DIM:
+        points = PCA(PCA_DIM, random_state=seed).fit_transform(points)
+    clusters = KMeans(k, n_init=4, random_state=seed).fit_predict(points)
     labelled = labels != UNLABELLED
     return (
         adjusted_rand_score(labels[labelled], clusters[labelled]),

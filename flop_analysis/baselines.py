@@ -34,17 +34,10 @@ TABLE_4 = {
 
 IMAGE_SIZE = 224  # of Swin and CLIP, pixels
 CONTEXT_LENGTH = 77  # of CLIP's prompts, tokens
-_BASE = {"embed_dim": 512, "vision_layers": 12, "vision_width": 768, "transformer_width": 512}
-CLIP_SIZES = {
-    "ViT-B/32": _BASE | {"vision_patch_size": 32},
-    "ViT-B/16": _BASE | {"vision_patch_size": 16},
-    "ViT-L/14": {
-        "embed_dim": 768,
-        "vision_layers": 24,
-        "vision_width": 1024,
-        "vision_patch_size": 14,
-        "transformer_width": 768,
-    },
+CLIP_SIZES = {  # embedding; layers, width and patch of the image tower; width of the text tower
+    "ViT-B/32": (512, 12, 768, 32, 512),
+    "ViT-B/16": (512, 12, 768, 16, 512),
+    "ViT-L/14": (768, 24, 1024, 14, 768),
 }
 
 
@@ -53,15 +46,10 @@ def clip_model(name: str) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # clip imports the deprecated pkg_resources
         from clip.model import CLIP  # seconds that the rows without CLIP do not need
-    sizes = CLIP_SIZES[name]
-    return CLIP(
-        **sizes,
-        image_resolution=IMAGE_SIZE,
-        context_length=CONTEXT_LENGTH,
-        vocab_size=49408,
-        transformer_heads=sizes["transformer_width"] // 64,
-        transformer_layers=12,
-    ).eval()
+    embedding, layers, width, patch, text_width = CLIP_SIZES[name]
+    vision = (IMAGE_SIZE, layers, width, patch)
+    text = (CONTEXT_LENGTH, 49408, text_width, text_width // 64, 12)  # vocabulary; heads, layers
+    return CLIP(embedding, *vision, *text).eval()
 
 
 def clip_inputs(images: int = 1, prompts: int = 1) -> tuple[Tensor, Tensor]:

@@ -5,359 +5,175 @@ before it in the same precision. The released arithmetic concatenates a query pe
 inference asks for one location at a time.
 """
 
-import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryDirectory
 
+import released
 import torch
-import torch.nn.functional as F
-from baselines import TPT, clip_inputs, clip_model
-from matplotlib.figure import Figure
+import workloads
+from baselines import TPT
+from released import LOCATIONS
+from table import print_table
+from timing import Work, measure
 from torch import Tensor
 from torch.optim import Adam
-from torch.utils.data import DataLoader
 
 from apm import APM, APMConfig, load_model
-from apm.data.features import StoreWriter, file_sizes, open_store, pack
-from apm.data.images import DistillationDataset, load_image
-from apm.distill import DistillationTrainer
-from apm.evaluation import adapt_each
-from apm.figures import save_figure
+from apm.config import TrainConfig
+from apm.data.features import StoreWriter, open_store
+from apm.data.images import file_sizes, load_batches, load_image
+from apm.data.training_set import TrainingSet
+from apm.distill import Distiller
 from apm.islands import island_colours
 from apm.losses import rgb_targets
-from apm.model import QueryLinear
-from apm.positional_encoding import sincos_2d
 from apm.predictor import perceive
 from apm.preprocessing import Preprocessing
-from apm.run import Waiting
-from apm.runtime.cli import (
-    BUNDLED_CHECKPOINT,
-    OUTPUTS,
-    ROOT,
-    Results,
-    command,
-    make_parser,
-    positive_int,
-    precision,
-    select_device,
-)
-from apm.runtime.counting import torch_macs
-from apm.runtime.files import prepare_output
+from apm.runtime.cli import FLAGS, OUTPUTS, Results, command, make_parser, positive_int
+from apm.runtime.device import multiply_adds, precision, select_device
+from apm.runtime.files import ROOT, prepare_output
 from apm.tta import TestTimeTrainer
 
-LOCATIONS = 1024
-TPT_CLASSES = 10
-TRAINING_IMAGES = 4
+DTYPES = ("float32", "bfloat16")
+PHOTOGRAPH = ROOT / "assets" / "cat.jpg"
+BATCH = 4  # images a step of training
 
 
-class Row(NamedTuple):
-    """A measurement: seconds are medians, ``floor`` the least that its multiply-adds could take."""
-
-    name: str
-    seconds: float
-    gmacs: float
-    floor: float
-    images: int
+def mlp_macs(config: APMConfig, *, first: bool = False, head: bool = True) -> int:
+    """Multiply-adds of the shared MLP on the grid, with or without first layer and head."""
+    widths = [config.column_dim + config.position_dim, *config.trunk_widths, config.feature_dim]
+    layers = [a * b for a, b in pairwise(widths)]
+    return LOCATIONS * sum(layers[0 if first else 1 : None if head else -1])
 
 
-def seconds_of(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median seconds of a call, after one to warm up; of a single call without."""
-    timed = cuda_seconds if device.type == "cuda" else cpu_seconds
-    times = [timed(work) for _ in range(repeats + (repeats > 1))]
-    return statistics.median(times[-repeats:])
-
-
-def cpu_seconds(work: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def cuda_seconds(work: Callable[[], object]) -> float:
-    """Seconds of one call between two events of the current CUDA stream."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    work()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1000
-
-
-def matmul_rate(device: torch.device, dtype: str, repeats: int) -> float:
-    """Multiply-adds a second of 1024 x 4096 by 4096 x 4096, the model's own largest product."""
-    kind = getattr(torch, dtype)
-    inputs = torch.randn(LOCATIONS, 4096, device=device, dtype=kind)
-    weight = torch.randn(4096, 4096, device=device, dtype=kind)
-    seconds = seconds_of(lambda: F.linear(inputs, weight), device, repeats)
-    return LOCATIONS * 4096**2 / seconds
-
-
-def joined(layer: QueryLinear) -> Callable[..., Tensor]:
-    """The released first layer: one matrix, joined once, on the concatenated query."""
-    blocks = [layer.column.weight, layer.position.weight]
-    if layer.feature is not None:
-        blocks.insert(0, layer.feature.weight)
-    weight = torch.cat(blocks, dim=1)
-    return lambda *parts: F.linear(torch.cat(parts, dim=-1), weight, layer.column.bias)
-
-
-def released_chunks(
-    model: APM, column: Tensor, chunk_size: int
-) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
-    """The released arithmetic, ``chunk_size`` whole queries at a time: queries and features."""
-    encoding = sincos_2d(model.grid_positions(), model.config.position_dim)
-    first = joined(model.trunk_first)
-    for positions in encoding.split(chunk_size):
-        query = (
-            column[:, None].expand(-1, len(positions), -1),
-            positions.expand(len(column), -1, -1),
-        )
-        x = first(*query).relu()
-        for layer in model.trunk:
-            x = layer(x).relu()
-        yield query, model.feature_head(x)
-
-
-def released_dense(model: APM, images: Tensor, chunk_size: int) -> list[tuple[Tensor, Tensor]]:
-    """The released inference."""
-    answers, rgb_first = [], joined(model.rgb_first)
-    for query, features in released_chunks(model, model.encode(images), chunk_size):
-        rgb = rgb_first(features, *query).relu()
-        for layer in model.rgb_head:
-            rgb = layer(rgb).relu()
-        answers.append((features, rgb))
-    return answers
-
-
-def released_step(model: APM, images: Tensor, target: Tensor, optimizer: Adam) -> None:
-    """The released step of test-time training: eight copies of the image, chunks of 16."""
-    column = model.encode(images.expand(8, -1, -1, -1))
-    features = torch.cat([chunk for _, chunk in released_chunks(model, column, 16)], dim=1)
-    pool, encoding = model.attention_pool, sincos_2d(model.grid_positions(), features.shape[-1])
-    tokens = features + encoding
-    pooled, _ = pool.attention(pool.query.expand(8, 1, -1), tokens, tokens)
-    F.mse_loss(pooled[:, 0], target.expand(8, -1)).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def released_training_step(
-    model: APM, images: Tensor, targets: Tensor, colours: Tensor, optimizer: Adam
-) -> float:
-    """The released step of training on COCO; the loss before it."""
-    features, rgb = zip(*released_dense(model, images, LOCATIONS), strict=True)
-    loss = F.mse_loss(torch.cat(features, dim=1), targets)
-    loss = loss + F.mse_loss(torch.cat(rgb, dim=1), colours)
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
-
-
-def macs_per_location(config: APMConfig, *, first: bool, head: bool) -> int:
-    """Multiply-adds of the shared MLP for one location, with or without first layer and head."""
-    widths = [*config.trunk_widths, config.feature_dim]
-    if first:
-        widths.insert(0, config.column_dim + config.position_dim)
-    if not head:
-        widths.pop()
-    return sum(a * b for a, b in pairwise(widths))
-
-
-class Bench:
-    """Collects rows, each with the matrix rate measured just before it."""
-
-    def __init__(self, device: torch.device, repeats: int) -> None:
-        self.device, self.repeats = device, repeats
-        self.rows: list[Row] = []
-        self.data_wait = 0.0  # share of the training time that is waiting for data
-
-    def measure(
-        self,
-        name: str,
-        dtype: str,
-        macs: int,
-        work: Callable[[], object],
-        repeats: int = 0,
-        images: int = 1,
-    ) -> None:
-        """Time ``work``, which takes ``macs`` multiply-adds for ``images`` images."""
-        rate = matmul_rate(self.device, dtype, self.repeats)
-        with precision(self.device, dtype):
-            seconds = seconds_of(work, self.device, repeats or self.repeats)
-        self.rows.append(Row(f"{name}, {dtype}", seconds, macs / 1e9, macs / rate, images))
-
-
-def bench_dense(bench: Bench) -> None:
-    """Dense inference with the COCO model, random weights, one image."""
+def inference(device: torch.device) -> Iterator[Work]:
+    """Features and colours of one image by the COCO model, random weights."""
     torch.manual_seed(0)
-    model = APM(APMConfig.coco()).eval().to(bench.device)
-    images = torch.rand(1, 3, 448, 448, device=bench.device)
-    released = LOCATIONS * macs_per_location(model.config, first=True, head=True)
-    ours = LOCATIONS * macs_per_location(model.config, first=False, head=True)
-    with torch.inference_mode():
-        one, all_ = (partial(released_dense, model, images, size) for size in (1, LOCATIONS))
-        bench.measure("dense, released: locations one by one", "float32", released, one, repeats=1)
-        bench.measure("dense, released: all locations at once", "float32", released, all_)
-        for dtype in ("float32", "bfloat16"):
-            bench.measure("dense, ours", dtype, ours, lambda: model(images))
+    model = APM(APMConfig.coco()).eval().to(device)
+    images = torch.rand(1, 3, 448, 448, device=device)
+    theirs = torch.inference_mode()(partial(released.dense, model, images))
+
+    @torch.inference_mode()
+    def ours(dtype: str) -> None:
+        with precision(device, dtype):
+            model(images)
+
+    macs = mlp_macs(model.config, first=True)
+    yield Work("dense, released: locations one by one", macs, partial(theirs, 1), once=True)
+    yield Work("dense, released: all locations at once", macs, partial(theirs, LOCATIONS))
+    for dtype in DTYPES:
+        yield Work("dense, ours", mlp_macs(model.config), partial(ours, dtype), dtype)
 
 
-def bench_tta(bench: Bench) -> None:
-    """One step of test-time training with the full student: forward, backward, Adam."""
-    model = TestTimeTrainer(device=bench.device).model
-    image, target = torch.rand(3, 448, 448), torch.randn(model.config.feature_dim)
-    released = 8 * 3 * LOCATIONS * macs_per_location(model.config, first=True, head=True)
-    # The head is applied after pooling.
-    ours = 3 * LOCATIONS * macs_per_location(model.config, first=False, head=False)
-    images, targets = image[None].to(bench.device), target.to(bench.device)
-    step = partial(released_step, model, images, targets, Adam(model.parameters(), lr=1e-4))
-    bench.measure("TTT step, released", "float32", released, step, repeats=1)
-    for dtype in ("float32", "bfloat16"):
-        trainer = TestTimeTrainer(dtype=dtype, device=bench.device)
-        bench.measure("TTT step, ours", dtype, ours, partial(trainer.step, images, targets[None]))
+def test_time_training(device: torch.device) -> Iterator[Work]:
+    """One step of the full student; then whole images, one by one and eight at once."""
+    model = TestTimeTrainer(device=device).model
+    image = torch.rand(1, 3, 448, 448, device=device)
+    target = torch.randn(1, model.config.feature_dim, device=device)
+    step = partial(released.tta_step, model, image, target, Adam(model.parameters(), lr=1e-4))
+    macs = released.COPIES * 3 * mlp_macs(model.config, first=True)
+    yield Work("TTT step, released", macs, step, once=True)
+    macs = 3 * mlp_macs(model.config, head=False)  # the head is applied after pooling
+    for dtype in DTYPES:
+        with device:
+            run = workloads.trainer_step(dtype).run
+        yield Work("TTT step, ours", macs, run, dtype)
 
+    def adapt(trainer: TestTimeTrainer, images: Tensor, targets: Tensor) -> object:
+        if len(images) > 1:
+            return trainer.adapt_many(images, targets, range(len(images)))
+        trainer.reset(0)
+        return trainer.adapt(images[0], targets[0])
 
-def bench_images(bench: Bench) -> None:
-    """Test-time training of whole images: one student, and eight at once."""
     for iterations, count in ((20, 1), (2, 1), (2, 8)):
-        trainer = TestTimeTrainer(iterations=iterations, device=bench.device)
-        config = trainer.model.config
-        images, targets = torch.rand(count, 3, 448, 448), torch.randn(count, config.feature_dim)
-        each = 3 * LOCATIONS * macs_per_location(config, first=False, head=False)
-        bench.measure(
-            f"TTT, {iterations} iterations, {count} image{'s at once' * (count > 1)}",
-            "float32",
-            count * iterations * each,
-            partial(adapt_each, trainer, images, targets, range(count)),
-            repeats=1,
-            images=count,
-        )
+        trainer = TestTimeTrainer(iterations=iterations, device=device)
+        images, targets = torch.rand(count, 3, 448, 448), torch.randn(count, target.shape[1])
+        name = f"TTT, {iterations} iterations, {count} image{'s at once' * (count > 1)}"
+        run = partial(adapt, trainer, images, targets)
+        yield Work(name, count * iterations * macs, run, images=count, once=True)
 
 
-def bench_islands(bench: Bench) -> None:
+def islands(device: torch.device) -> Iterator[Work]:
     """From a photograph to colours with the bundled checkpoint."""
-    model = load_model(BUNDLED_CHECKPOINT, bench.device)
-    image = load_image(ROOT / "assets" / "cat.jpg")
-    macs = torch_macs(lambda: perceive(model, image))
-
-    def islands(method: str) -> None:
-        island_colours(perceive(model, image).features, method)
-
+    model = load_model(FLAGS["--checkpoint"]["default"], device)
+    see = partial(perceive, model, load_image(PHOTOGRAPH))
+    macs = multiply_adds(see)
     for method in ("pca", "tsne"):
-        bench.measure(
-            f"islands of a photograph, {method}", "float32", macs, partial(islands, method)
-        )
+        run = partial(lambda method: island_colours(see().features, method), method)
+        yield Work(f"islands of a photograph, {method}", macs, run)
 
 
-def coco_trainer(device: torch.device, dtype: str) -> DistillationTrainer:
-    """A trainer of the COCO model with random weights and the paper's settings."""
+def peers(device: torch.device) -> Iterator[Work]:
+    """What the paper compares with, random weights."""
+    with device:
+        clip, tpt = workloads.clip_forward().run, workloads.tpt_step().run
+    yield Work("CLIP ViT-B/16, image + prompt", multiply_adds(clip), clip)
+    name = f"TPT step, {TPT.VIEWS} views, {workloads.CLASSES} classes"
+    yield Work(name, multiply_adds(tpt), tpt, once=True)
+
+
+def distiller(device: torch.device, dtype: str = "float32") -> Distiller:
+    """Trains the COCO model from random weights, with the paper's settings."""
     torch.manual_seed(0)
-    config = APMConfig.coco()
-    mean, std = torch.zeros(config.feature_dim), torch.ones(config.feature_dim)
-    return DistillationTrainer(APM(config).to(device), mean, std, steps=1, dtype=dtype)
+    model = APM(APMConfig.coco()).to(device)
+    mean, std = torch.zeros(model.config.feature_dim), torch.ones(model.config.feature_dim)
+    return Distiller(model, TrainConfig(dtype=dtype), mean, std, steps=1, batch_size=BATCH)
 
 
-def bench_training(bench: Bench) -> None:
+def training(device: torch.device) -> Iterator[Work]:
     """A step of training on COCO: four images, all locations, forward, backward, Adam."""
-    config, count = APMConfig.coco(), TRAINING_IMAGES
-    pixels = torch.randint(0, 256, (count, 3, 448, 448), dtype=torch.uint8)
-    targets = torch.randn(count, LOCATIONS, config.feature_dim)
-    each = 3 * count * LOCATIONS
-    released = each * macs_per_location(config, first=True, head=True)
-    ours = each * macs_per_location(config, first=False, head=True)
-    model = coco_trainer(bench.device, "float32").model
-    images = model.preprocessing.normalise(pixels.to(bench.device))
-    colours = rgb_targets(model.preprocessing.colours(pixels.to(bench.device)), config.patch_size)
-    inputs = (images, targets.to(bench.device), colours)
-    step: Callable[[], object] = partial(
-        released_training_step, model, *inputs, Adam(model.parameters(), lr=1e-4)
-    )
-    bench.measure("training step, released", "float32", released, step, images=count)
-    for dtype in ("float32", "bfloat16"):
-        step = partial(coco_trainer(bench.device, dtype).step, [(pixels, targets)], count)
-        bench.measure("training step, ours", dtype, ours, step, images=count)
+    model = distiller(device).model
+    pixels = torch.randint(0, 256, (BATCH, 3, 448, 448), dtype=torch.uint8)
+    targets = torch.randn(BATCH, LOCATIONS, model.config.feature_dim)
+    images = model.preprocessing.normalise(pixels.to(device))
+    colours = rgb_targets(model.preprocessing.colours(pixels.to(device)), model.config.patch_size)
+    inputs = (images, targets.to(device), colours, Adam(model.parameters(), lr=1e-4))
+    step: Callable[[], object] = partial(released.training_step, model, *inputs)
+    macs = 3 * BATCH * mlp_macs(model.config, first=True)
+    yield Work("training step, released", macs, step, images=BATCH)
+    for dtype in DTYPES:
+        step = partial(distiller(device, dtype).step, [(pixels, targets)])
+        macs = 3 * BATCH * mlp_macs(model.config)
+        yield Work("training step, ours", macs, step, dtype, images=BATCH)
 
 
-def bench_loader(bench: Bench) -> None:
-    """Images and int8 features as training reads them, alone and while it trains."""
-    count = 4 * TRAINING_IMAGES
-    with tempfile.TemporaryDirectory() as folder:
-        data = random_data_set(Path(folder), count)
-        load = partial(DataLoader, data, TRAINING_IMAGES)
-        bench.measure("training data, one process", "float32", 0, lambda: [*load()], images=count)
-        trainer = coco_trainer(bench.device, "bfloat16")
-        batches = Waiting(load(num_workers=1))
+def training_data(device: torch.device, waits: list[float]) -> Iterator[Work]:
+    """Reading images and int8 features, alone and while training; adds each batch's wait."""
+    count, trainer = 4 * BATCH, distiller(device, "bfloat16")
+    with TemporaryDirectory() as folder:
+        data = random_data(Path(folder), count)
+        batches = [range(start, start + BATCH) for start in range(0, count, BATCH)]
+        read = partial(load_batches, data, batches)
+        yield Work("training data, one process", 0, lambda: [*read(0)], images=count)
 
         def train() -> None:
-            for batch in batches:
-                trainer.step([batch], TRAINING_IMAGES)
+            loader = iter(read(1))
+            for _ in batches:
+                started = time.perf_counter()
+                batch = next(loader)
+                waits.append(time.perf_counter() - started)
+                trainer.step([batch.items])
 
-        ours = 3 * count * LOCATIONS * macs_per_location(APMConfig.coco(), first=False, head=True)
         name = "training, its data read by one worker"
-        bench.measure(name, "bfloat16", ours, train, repeats=1, images=count)
-        bench.data_wait = batches.seconds / bench.rows[-1].seconds
+        macs = 3 * count * mlp_macs(trainer.model.config)
+        yield Work(name, macs, train, "bfloat16", images=count, once=True)
 
 
-def random_data_set(folder: Path, count: int) -> DistillationDataset:
+def random_data(folder: Path, count: int) -> TrainingSet:
     """Photographs of 448 px, random features of the COCO model's size, random crops and flips."""
     preprocessing, config = Preprocessing(), APMConfig.coco()
-    picture = preprocessing.picture(load_image(ROOT / "assets" / "cat.jpg"))
+    picture = preprocessing.picture(load_image(PHOTOGRAPH))
     paths = {f"{index:03}": folder / f"{index:03}.jpg" for index in range(count)}
     for path in paths.values():
         picture.save(path, quality=95)
     meta = {"grid_size": config.grid_size, "feature_dim": config.feature_dim}
-    writer = StoreWriter(folder, meta | {"store_dtype": "int8"}, file_sizes(paths))
-    for index, names in enumerate(writer.shards):
-        features = torch.randn(len(names), LOCATIONS, config.feature_dim)
-        writer.write(index, names, pack(features, "int8"), {})
-    return DistillationDataset(paths, preprocessing, open_store(folder), augment=True)
-
-
-def bench_teachers(bench: Bench) -> None:
-    """What the paper compares with, random weights: CLIP ViT-B/16, and a step of TPT."""
-    with bench.device:
-        clip = clip_model("ViT-B/16")
-        image, prompt = clip_inputs()
-        views, prompts = clip_inputs(TPT.VIEWS, TPT_CLASSES)
-    forward = torch.inference_mode()(partial(clip, image, prompt))
-    bench.measure("CLIP ViT-B/16, image + prompt", "float32", torch_macs(forward), forward)
-    with bench.device:
-        tpt = TPT(clip)
-    step = partial(tpt.step, Adam([tpt.context], lr=5e-3), views, prompts)
-    name = f"TPT step, {TPT.VIEWS} views, {TPT_CLASSES} classes"
-    bench.measure(name, "float32", torch_macs(step), step, repeats=1)
-
-
-def print_rows(rows: list[Row]) -> None:
-    """The table: seconds, the floor, and how far above it."""
-    print(f"{'':48} seconds      GMACs    floor  x floor  images/s")
-    for row in rows:
-        above = f"{row.seconds / row.floor:7.2f}" if row.floor else f"{'':7}"
-        print(
-            f"{row.name:48} {row.seconds:7.3f}  {row.gmacs:9.2f}  {row.floor:7.3f}  "
-            f"{above}  {row.images / row.seconds:8.3f}"
-        )
-
-
-def draw_rows(path: Path, rows: list[Row]) -> None:
-    """Seconds of each row as bars, its floor as a mark."""
-    figure = Figure(figsize=(9, 0.4 * len(rows) + 1), layout="constrained")
-    axes = figure.subplots()
-    names = [row.name for row in rows]
-    axes.barh(names, [row.seconds for row in rows], color="tab:blue", label="measured")
-    axes.plot([row.floor for row in rows], names, "k|", markersize=14, label="floor")
-    axes.set(xscale="log", xlabel="seconds")
-    axes.invert_yaxis()
-    axes.legend()
-    save_figure(path, figure)
+    features = {name: torch.randn(LOCATIONS, config.feature_dim) for name in paths}
+    StoreWriter(folder, meta | {"store_dtype": "int8"}, file_sizes(paths)).write(0, features, {})
+    return TrainingSet(paths, preprocessing, open_store(folder), augment=True)
 
 
 @command
@@ -367,15 +183,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device = select_device(args.device)
     output = prepare_output(args.output)
-    results = Results(args, device)
-    bench = Bench(device, args.repeats)
-    parts = (bench_dense, bench_tta, bench_images, bench_islands, bench_teachers)
-    for part in (*parts, bench_training, bench_loader):
-        part(bench)
-    print_rows(bench.rows)
-    print(f"training waits for data {100 * bench.data_wait:.1f} % of the time")
-    draw_rows(output / "benchmark.png", bench.rows)
-    results.save(output, rows=[row._asdict() for row in bench.rows], data_wait=bench.data_wait)
+    results, waits = Results(args, device), list[float]()
+    parts = [part(device) for part in (inference, test_time_training, islands, peers, training)]
+    works = chain(*parts, training_data(device, waits))
+    rows = [measure(work, device, args.repeats) for work in works]
+    data_wait = sum(waits) / rows[-1]["seconds"]
+    print_table("Seconds, median", rows, digits=3)
+    print(f"training waits for data {100 * data_wait:.1f} % of the time")
+    results.save(output, rows=rows, data_wait=data_wait)
 
 
 if __name__ == "__main__":

@@ -5,211 +5,121 @@ fvcore meets an operator that nobody has classified. A backward pass is counted 
 """
 
 import sys
+from collections.abc import Callable
 from functools import partial
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
+import released
 import torch
 from baselines import TABLE_4, TPT, clip_inputs, clip_model, swin_model
-from benchmark import LOCATIONS, released_chunks, released_dense, seconds_of
-from counting import HARMLESS, Call, Count, count_forward, count_step
-from matplotlib.figure import Figure
+from counting import HARMLESS, Call, count_forward, count_step
+from figure_2 import draw, features, figure_rows
+from released import LOCATIONS
 from table import compare, print_notes, print_table
 from torch import Tensor, nn
 
 from apm import APM, APMConfig
-from apm.figures import save_figure
-from apm.positional_encoding import sincos_2d
-from apm.runtime.cli import OUTPUTS, Results, command, make_parser, positive_int, select_device
-from apm.runtime.counting import torch_macs
+from apm.runtime.cli import OUTPUTS, Results, command, make_parser, positive_int
+from apm.runtime.device import select_device
 from apm.runtime.files import prepare_output
 
 META = torch.device("meta")  # shapes without memory, enough to count what has no data-made shapes
 ITERATIONS = 20
 PAPER_LOCATIONS = 512  # the paper's protocol asks for half of the grid
 CHUNKS = (4, 16, 64, 256, 512)
-PATCHES = (7, 14, 28, 56, 112, 224)  # per step, Figure 2
 CLIP = "CLIP ViT-B/16, image + prompt"
 
+Row = dict[str, Any]  # numbers in GMACs
+Output = Callable[[APM, Tensor], Tensor]  # of images (B, 3, H, H)
 
-def released_trunk(model: APM, column: Tensor, locations: int, chunk_size: int) -> Tensor:
-    """Features of the first locations, ``chunk_size`` at a time, in the released arithmetic."""
-    chunks = islice(released_chunks(model, column, chunk_size), locations // chunk_size)
-    return torch.cat([features for _, features in chunks], dim=1)
-
-
-def released_features(model: APM, images: Tensor) -> Tensor:
-    """The feature grid, ``(B, N, F)``, in the released arithmetic."""
-    return released_trunk(model, model.encode(images), LOCATIONS, LOCATIONS)
-
-
-def released_answers(model: APM, images: Tensor) -> Tensor:
-    """Features and colours, ``(B, N, F + 3)``, in the released arithmetic."""
-    return torch.cat(released_dense(model, images, LOCATIONS)[0], dim=-1)
-
-
-def released_pooled(model: APM, images: Tensor) -> Tensor:
-    """The pooled vector, ``(B, F)``, through features, keys and values of every location."""
-    features, pool = released_features(model, images), model.attention_pool
-    tokens = features + sincos_2d(model.grid_positions(), features.shape[-1])
-    return pool.attention(pool.query.expand(len(images), 1, -1), tokens, tokens)[0][:, 0]
-
-
-def our_features(model: APM, images: Tensor, locations: int = LOCATIONS) -> Tensor:
-    """The feature grid or its first locations, ``(B, N, F)``."""
-    positions = model.grid_positions()[:locations]
-    return model.feature_head(model.hidden(model.encode(images), positions))
-
-
-def our_answers(model: APM, images: Tensor) -> Tensor:
-    """Features and colours, ``(B, N, F + 3)``."""
-    return torch.cat(model(images), dim=-1)
-
-
-def our_pooled(model: APM, images: Tensor) -> Tensor:
-    """The pooled vector, ``(B, F)``."""
-    return model.pooled(model.encode(images))
-
-
-STUDENT_OUTPUTS = {
-    "conv, feature grid": (released_features, our_features),
-    "conv, feature grid, RGB head": (released_answers, our_answers),
-    "conv, pooled vector": (released_pooled, our_pooled),
+# What a student may be asked for: in the released arithmetic, in ours.
+STUDENT_OUTPUTS: dict[str, tuple[Output, Output]] = {
+    "conv, feature grid": (
+        lambda model, images: released.features(model, model.encode(images)),
+        features,
+    ),
+    "conv, feature grid, RGB head": (
+        lambda model, images: torch.cat(released.dense(model, images), dim=-1),
+        lambda model, images: torch.cat(model(images), dim=-1),
+    ),
+    "conv, pooled vector": (
+        lambda model, images: released.pool(model, released.features(model, model.encode(images))),
+        lambda model, images: model.query_pooled(model.encode(images)),
+    ),
 }
 
 
-def count_protocol() -> dict[str, Count]:
-    """The paper's protocol for the student: 512 locations, trunk and feature head."""
+def forward_rows(clip: nn.Module) -> list[Row]:
+    """One forward pass of each model, and how the counters come to it.
+
+    The student's is the paper's: 512 locations in chunks, trunk and feature head.
+    """
+    swin, teacher, student = (TABLE_4[name].gmacs_ideal for name in ("Swin", "teacher", "student"))
+    image, prompt = clip_inputs()
+    swin_row = compare(
+        "Swin-B, image", paper=swin / ITERATIONS, **count_forward(swin_model(), image)
+    )
+    rows = [swin_row, compare(CLIP, paper=teacher, **count_forward(clip, image, prompt))]
     with META:
         model, column = APM(APMConfig.tta()), torch.rand(1, LOCATIONS)
-    counts = {}
-    for chunk_size in CHUNKS:
-        work = partial(released_trunk, locations=PAPER_LOCATIONS, chunk_size=chunk_size)
-        name = f"APM, {PAPER_LOCATIONS} locations in chunks of {chunk_size}"
-        counts[name] = count_forward(Call(model, work), column)
-    return counts
+    for size in CHUNKS:
+        work = partial(released.features, chunk_size=size, locations=PAPER_LOCATIONS)
+        name = f"APM, {PAPER_LOCATIONS} locations in chunks of {size}"
+        rows.append(compare(name, paper=student, **count_forward(Call(model, work), column)))
+    return rows
 
 
-def forward_rows(counts: dict[str, Count]) -> list[dict[str, Any]]:
-    """One forward pass of each model in GMACs, and how the counters come to it."""
-    paper = {
-        "Swin-B, image": TABLE_4["Swin"].gmacs_ideal / ITERATIONS,
-        CLIP: TABLE_4["teacher"].gmacs_ideal,
-    }
-    return [
-        compare(
-            name,
-            count.fvcore / 1e9,
-            paper.get(name, TABLE_4["student"].gmacs_ideal),
-            **{
-                "fvcore alone": (count.fvcore - count.attention) / 1e9,
-                "attention": count.attention / 1e9,
-                "norms": count.normalisation / 1e9,
-                "torch": count.products / 1e9,
-            },
-        )
-        for name, count in counts.items()
-    ]
-
-
-def student_rows(model: APM, images: Tensor) -> list[dict[str, Any]]:
-    """GMACs of the same outputs at all 1024 locations, in both arithmetics."""
+def student_rows(model: APM) -> list[Row]:
+    """The same outputs at all 1024 locations, in both arithmetics."""
+    images = torch.rand(1, 3, 448, 448)
     with META:
         plain, blank = APM(model.config), torch.rand(images.shape)
     rows = []
-    for output, (released, ours) in STUDENT_OUTPUTS.items():
-        forward = [count_forward(Call(model, work), images).products for work in (released, ours)]
-        step = [count_step(plain, released, blank), count_step(model, ours, images)]
-        for what, (theirs, own) in {"forward": forward, "forward + backward": step}.items():
-            row = {"name": f"{output}: {what}", "released": theirs / 1e9, "ours": own / 1e9}
-            rows.append(row | {"saved (%)": 100 * (1 - own / theirs)})
+    for output, (theirs, ours) in STUDENT_OUTPUTS.items():
+        forward = [count_forward(Call(model, work), images)["torch"] for work in (theirs, ours)]
+        step = [count_step(plain, theirs, blank), count_step(model, ours, images)]
+        for work, (old, new) in {"forward": forward, "forward + backward": step}.items():
+            row = {"name": f"{output}: {work}", "released": old, "ours": new}
+            rows.append(row | {"saved (%)": 100 * (1 - new / old)})
     return rows
 
 
 def count_tpt(views: int, prompts: int) -> float:
-    """GMACs of a TPT step, the backward pass through the text tower included."""
+    """A TPT step, the backward pass through the text tower included."""
     with META:  # a thousand prompts would take 40 GB
         model, inputs = TPT(clip_model("ViT-B/16")), clip_inputs(views, prompts)
-    return count_step(model, TPT.loss, *inputs) / 1e9
+    return count_step(model, TPT.loss, *inputs)
 
 
-def total_rows(
-    forward: list[dict[str, Any]], student: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """GMACs over t = 1..20; for APM the teacher at t = 1 and the student at the other 19."""
+def total_rows(forward: list[Row], student: list[Row]) -> list[Row]:
+    """Totals over t = 1..20; for APM the teacher at t = 1 and the student at the other 19."""
     swin, clip, *_, half = (row["ours"] for row in forward)
-    dense, ttt = student[0], student[-1]
-    rows = [
-        compare("Swin-B, 20 x forward", ITERATIONS * swin, TABLE_4["Swin"].gmacs_ideal),
-        compare("CLIP ViT-B/16, 20 x forward", ITERATIONS * clip, TABLE_4["CLIP"].gmacs_ideal),
-    ]
-    # The paper does not say what it counted; one view and one prompt come nearest.
-    for views, prompts, paper in (
-        (1, 1, TABLE_4["TPT"].gmacs_ideal),
-        (TPT.VIEWS, 1, None),
-        (TPT.VIEWS, 1000, None),
-    ):
+    grid, pooled = student[0], student[-1]
+    ideal = {name: line.gmacs_ideal for name, line in TABLE_4.items()}
+
+    def tpt(views: int, prompts: int, paper: float | None = None) -> Row:
         name = f"TPT, 20 x step: views {views}, prompts {prompts}"
-        rows.append(compare(name, ITERATIONS * count_tpt(views, prompts), paper))
-    for name, gmacs, paper in (
-        (f"forward at {PAPER_LOCATIONS} locations, released", half, TABLE_4["APM"].gmacs_ideal),
-        ("forward, released", dense["released"], None),
-        ("forward, ours", dense["ours"], None),
-        ("forward + backward, released", ttt["released"], None),
-        ("forward + backward, ours", ttt["ours"], None),
-    ):
-        rows.append(compare(f"APM, CLIP + 19 x {name}", clip + (ITERATIONS - 1) * gmacs, paper))
-    return rows
+        return compare(name, ITERATIONS * count_tpt(views, prompts), paper)
+
+    def apm(work: str, gmacs: float, paper: float | None = None) -> Row:
+        return compare(f"APM, CLIP + 19 x {work}", clip + (ITERATIONS - 1) * gmacs, paper)
+
+    return [
+        compare("Swin-B, 20 x forward", ITERATIONS * swin, ideal["Swin"]),
+        compare("CLIP ViT-B/16, 20 x forward", ITERATIONS * clip, ideal["CLIP"]),
+        # The paper does not say what it counted; one view and one prompt come nearest.
+        tpt(1, 1, ideal["TPT"]),
+        tpt(TPT.VIEWS, 1),
+        tpt(TPT.VIEWS, 1000),
+        apm(f"forward at {PAPER_LOCATIONS} locations, released", half, ideal["APM"]),
+        apm("forward, released", grid["released"]),
+        apm("forward, ours", grid["ours"]),
+        apm("forward + backward, released", pooled["released"]),
+        apm("forward + backward, ours", pooled["ours"]),
+    ]
 
 
-def figure_rows(model: APM, images: Tensor, repeats: int) -> list[dict[str, Any]]:
-    """Figure 2: GMACs and milliseconds of a forward pass, for each number of patches."""
-    with META:
-        plain, column = APM(model.config), torch.rand(1, LOCATIONS)
-    rows = []
-    for patches in (*PATCHES, LOCATIONS):
-        released = partial(released_trunk, plain, column, patches, patches)
-        ours = partial(our_features, model, images, patches)
-        rows.append(
-            {
-                "name": f"APM, {patches} patches",
-                "released": torch_macs(released) / 1e9,
-                "ours": torch_macs(ours) / 1e9,
-                "time (ms)": 1e3 * seconds_of(ours, images.device, repeats),
-            }
-        )
-    return rows
-
-
-def clip_row(clip: nn.Module, gmacs: float, device: torch.device, repeats: int) -> dict[str, Any]:
-    """The same of CLIP."""
-    seconds = seconds_of(partial(clip, *clip_inputs()), device, repeats)
-    return {"name": CLIP, "released": None, "ours": gmacs, "time (ms)": 1e3 * seconds}
-
-
-def draw(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Figure 2: what a step costs against its number of patches; further rows are dotted lines."""
-    steps, lines = rows[: len(PATCHES)], rows[len(PATCHES) :]
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    work, time = figure.subplots(1, 2)
-    work.plot(PATCHES, [row["released"] for row in steps], "o-", label="APM, released arithmetic")
-    work.plot(PATCHES, [row["ours"] for row in steps], "o-", label="APM, this project")
-    time.plot(PATCHES, [row["time (ms)"] for row in steps], "o-C1", label="APM, this project")
-    for axes, column, label in (
-        (work, "ours", "GMACs per iteration"),
-        (time, "time (ms)", "forward time (ms)"),
-    ):
-        for colour, row in zip(("C1", "C2"), lines, strict=True):
-            axes.axhline(row[column], color=colour, linestyle=":", label=f"total: {row['name']}")
-        axes.set(xlabel="patches per step", ylabel=label, xscale="log", yscale="log")
-        axes.set_xticks(PATCHES, PATCHES)
-        axes.minorticks_off()
-    figure.legend(*work.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    save_figure(path, figure)
-
-
-def explain(clip: dict[str, Any], dense: dict[str, Any]) -> list[str]:
+def explain(clip: Row, dense: Row) -> list[str]:
     """A line per deviation from the paper."""
     measured = ", ".join(
         f"{name} {TABLE_4[name].gmacs_measured}" for name in ("Swin", "TPT", "CLIP", "APM")
@@ -241,19 +151,10 @@ def main(argv: list[str] | None = None) -> None:
     output = prepare_output(args.output)
     results = Results(args, device)
 
-    clip, model, pair = clip_model("ViT-B/16"), APM(APMConfig.tta()), clip_inputs()
-    counts = {
-        "Swin-B, image": count_forward(swin_model(), pair[0]),
-        CLIP: count_forward(clip, *pair),
-    }
-    forward = forward_rows(counts | count_protocol())
-    student = student_rows(model, torch.rand(1, 3, 448, 448))
+    clip, model = clip_model("ViT-B/16"), APM(APMConfig.tta())
+    forward, student = forward_rows(clip), student_rows(model)
     total = total_rows(forward, student)
-    with torch.inference_mode(), device:
-        figure = [
-            *figure_rows(model.to(device), torch.rand(1, 3, 448, 448), args.repeats),
-            clip_row(clip.to(device), forward[1]["ours"], device, args.repeats),
-        ]
+    figure = figure_rows(model.to(device), clip.to(device), forward[1]["ours"], args.repeats)
     notes = explain(forward[1], student[0])
 
     print_table("One forward pass (GMACs)", forward)

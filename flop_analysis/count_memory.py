@@ -14,142 +14,55 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from baselines import TABLE_4, TPT, Paper, clip_inputs, clip_model, swin_model
+import workloads
+from baselines import TABLE_4, TPT, Paper
 from table import print_notes, print_table
-from torch import nn
-from torch.optim import Adam, AdamW, Optimizer
 from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
+from workloads import Workload
 
-from apm import APM, APMConfig
-from apm.runtime.cli import OUTPUTS, Results, command, make_parser, select_device
+from apm.runtime.cli import OUTPUTS, Results, command, make_parser
+from apm.runtime.device import select_device
 from apm.runtime.files import prepare_output
-from apm.tta import TestTimeTrainer
 
+Build = Callable[[], Workload]
 CHUNKS = (128, 512, 1024)
-PROMPTS = 10  # classes that TPT tells apart; its text tower's activations grow with them
-MEASURED = "measured"  # marks the work in the profiler's trace
-
-
-class Workload(NamedTuple):
-    """What holds memory for good, and the work whose peak is measured."""
-
-    model: nn.Module
-    run: Callable[[], object]
-    optimizer: Optimizer | None = None
-
-
-class Case(NamedTuple):
-    """A row: how to build it, on the default device, and the paper's line."""
-
-    build: Callable[[], Workload]
-    paper: Paper | None = None
-
-
-def forward(model: nn.Module, run: Callable[[], object]) -> Workload:
-    """A workload without a backward pass."""
-    return Workload(model, torch.inference_mode()(run))
-
-
-def swin_forward() -> Workload:
-    """Swin-B, one image."""
-    model, (image, _) = swin_model(), clip_inputs()
-    return forward(model, lambda: model(image))
-
-
-def clip_forward() -> Workload:
-    """CLIP, one image and one prompt."""
-    model, inputs = clip_model("ViT-B/16"), clip_inputs()
-    return forward(model, lambda: model(*inputs))
-
-
-def tpt_step() -> Workload:
-    """One step of test-time prompt tuning."""
-    model = TPT(clip_model("ViT-B/16"))
-    optimizer = AdamW([model.context], lr=5e-3)
-    inputs = clip_inputs(TPT.VIEWS, PROMPTS)
-    return Workload(model, partial(model.step, optimizer, *inputs), optimizer)
-
-
-def student_inference(chunk_size: int) -> Workload:
-    """Features and colours of the whole grid, ``chunk_size`` locations at a time."""
-    model, images = APM(APMConfig.tta()), torch.rand(1, 3, 448, 448)
-    return forward(model, lambda: model.query(model.encode(images), chunk_size=chunk_size))
-
-
-def student_step(chunk_size: int) -> Workload:
-    """A step through features of the whole grid, ``chunk_size`` locations at a time."""
-    model, images = APM(APMConfig.tta()), torch.rand(1, 3, 448, 448)
-    optimizer = Adam(model.parameters(), lr=1e-4, fused=True)
-    target = torch.randn(1, model.config.feature_dim)
-
-    def run() -> None:
-        features = model.query(model.encode(images), chunk_size=chunk_size)[0]
-        optimizer.zero_grad()
-        F.mse_loss(model.pool(features), target).backward()
-        optimizer.step()
-
-    run()  # Adam's state exists from its first step on
-    return Workload(model, run, optimizer)
-
-
-def trainer_step() -> Workload:
-    """A step of ``TestTimeTrainer``, which needs the pooled vector alone."""
-    trainer = TestTimeTrainer(device=torch.get_default_device())
-    images, target = torch.rand(1, 3, 448, 448), torch.randn(1, trainer.model.config.feature_dim)
-    run = partial(trainer.step, images, target)
-    run()  # Adam's state exists from its first step on
-    return Workload(trainer.model, run, trainer.optimizer)
-
-
-def teacher_and_trainer_step() -> Workload:
-    """Both models in memory: the teacher's forward pass, then a student's step."""
-    teacher, student = clip_forward(), trainer_step()
-
-    def run() -> None:
-        teacher.run()
-        student.run()
-
-    return Workload(nn.ModuleList([teacher.model, student.model]), run, student.optimizer)
-
-
-CASES = {
-    "Swin-B, forward": Case(swin_forward, TABLE_4["Swin"]),
-    f"TPT, step, {TPT.VIEWS} views, {PROMPTS} prompts": Case(tpt_step, TABLE_4["TPT"]),
-    "CLIP ViT-B/16, forward": Case(clip_forward, TABLE_4["CLIP"]),
-    "CLIP ViT-B/16 + APM, TTT step": Case(teacher_and_trainer_step, TABLE_4["APM"]),
-    "APM, TTT step": Case(trainer_step),
-    **{f"APM, TTT step, chunks of {c}": Case(partial(student_step, chunk_size=c)) for c in CHUNKS},
+CASES: dict[str, tuple[Build, Paper | None]] = {
+    "Swin-B, forward": (workloads.swin_forward, TABLE_4["Swin"]),
+    f"TPT, step, {TPT.VIEWS} views, {workloads.CLASSES} prompts": (
+        workloads.tpt_step,
+        TABLE_4["TPT"],
+    ),
+    "CLIP ViT-B/16, forward": (workloads.clip_forward, TABLE_4["CLIP"]),
+    "CLIP ViT-B/16 + APM, TTT step": (workloads.teacher_and_trainer_step, TABLE_4["APM"]),
+    "APM, TTT step": (workloads.trainer_step, None),
+    **{f"APM, TTT step, chunks of {c}": (partial(workloads.student_step, c), None) for c in CHUNKS},
     **{
-        f"APM, forward, chunks of {c}": Case(partial(student_inference, chunk_size=c))
+        f"APM, forward, chunks of {c}": (partial(workloads.student_forward, c), None)
         for c in CHUNKS
     },
 }
+MEASURED = "measured"  # marks the work in the profiler's trace
 
 
-class Peak(NamedTuple):
-    """The most bytes held at once by tensors while the work ran, and by the process ever."""
-
-    tensors: int
-    process: int
-
-
-def peak_on_cuda(build: Callable[[], Workload]) -> tuple[Workload, Peak]:
-    """Build a workload, run it, and ask the CUDA allocator."""
+def peak_on_cuda(build: Build) -> tuple[Workload, int, int]:
+    """Build a workload, run it, and ask the CUDA allocator; as ``peak_on_cpu``."""
     workload = build()
     torch.cuda.reset_peak_memory_stats()
     workload.run()
-    return workload, Peak(torch.cuda.max_memory_allocated(), process_peak())
+    return workload, torch.cuda.max_memory_allocated(), process_peak()
 
 
-def peak_on_cpu(build: Callable[[], Workload]) -> tuple[Workload, Peak]:
+def peak_on_cpu(build: Build) -> tuple[Workload, int, int]:
     """Build a workload, run it, and read torch's profiler.
 
     The profiler totals what it saw allocated and freed, so it watches the building too.
+
+    Returns:
+        The workload, and the most bytes held at once by tensors during its run and by the process.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         workload = build()
@@ -164,7 +77,7 @@ def peak_on_cpu(build: Callable[[], Workload]) -> tuple[Workload, Peak]:
     memory = [event for event in events if event["name"] == "[memory]"]
     before = memory[0]["args"]["Total Allocated"] - memory[0]["args"]["Bytes"]
     totals = [event["args"]["Total Allocated"] for event in memory if event["ts"] >= start]
-    return workload, Peak(max(totals) - before, process)
+    return workload, max(totals) - before, process
 
 
 def process_peak() -> int:
@@ -173,28 +86,23 @@ def process_peak() -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def measure(case: Case, device: torch.device) -> dict[str, float]:
-    """GB of a case in this process."""
-    with device:
-        workload, peak = PEAK_ON[device.type](case.build)
-    weights = sum(tensor.nbytes for tensor in workload.model.state_dict().values())
-    states = workload.optimizer.state.values() if workload.optimizer else ()
-    optimiser = sum(tensor.nbytes for state in states for tensor in state.values())
-    numbers = {
-        "peak": peak.tensors,
-        "weights": weights,
-        "optimiser": optimiser,
-        "rest": peak.tensors - weights - optimiser,
-        "process": peak.process,
-    }
-    return {name: size / 1e9 for name, size in numbers.items()}
-
-
 PEAK_ON = {"cpu": peak_on_cpu, "cuda": peak_on_cuda}
 
 
-def measure_apart(name: str, device: torch.device) -> dict[str, float]:
-    """``measure`` in a process of its own.
+def measure(build: Build, device: torch.device) -> dict[str, float]:
+    """GB of a workload in this process."""
+    with device:
+        workload, peak, process = PEAK_ON[device.type](build)
+    weights = sum(tensor.nbytes for tensor in workload.model.state_dict().values())
+    states = workload.optimizer.state.values() if workload.optimizer else ()
+    optimiser = sum(tensor.nbytes for state in states for tensor in state.values())
+    numbers = {"peak": peak, "weights": weights, "optimiser": optimiser}
+    numbers |= {"rest": peak - weights - optimiser, "process": process}
+    return {name: size / 1e9 for name, size in numbers.items()}
+
+
+def measure_apart(name: str, device: torch.device) -> dict[str, Any]:
+    """A row, measured in a process of its own: the paper's two numbers, ours, and its parts.
 
     Raises:
         ChildProcessError: if it fails, for lack of memory for example.
@@ -205,12 +113,7 @@ def measure_apart(name: str, device: torch.device) -> dict[str, float]:
     child = subprocess.run(command_line, capture_output=True, text=True, env=environment)
     if child.returncode:
         raise ChildProcessError(f"{name}: exit status {child.returncode}. {child.stderr[-500:]}")
-    return json.loads(child.stdout)
-
-
-def compare_memory(name: str, device: torch.device) -> dict[str, Any]:
-    """A row: the paper's two numbers, ours on the device, their difference, and its parts."""
-    paper, numbers = CASES[name].paper, measure_apart(name, device)
+    paper, numbers = CASES[name][1], json.loads(child.stdout)
     peak = numbers.pop("peak")
     return {
         "name": name,
@@ -219,7 +122,8 @@ def compare_memory(name: str, device: torch.device) -> dict[str, Any]:
         "CPU": peak if device.type == "cpu" else "not measured",
         "CUDA": peak if device.type == "cuda" else "not measured",
         "difference": paper and peak - paper.memory_measured,
-    } | numbers
+        **numbers,
+    }
 
 
 NOTES = (
@@ -243,11 +147,11 @@ def main(argv: list[str] | None = None) -> None:
     if device.type not in PEAK_ON:
         raise ValueError(f"--device {device.type}: memory is measured on {' or '.join(PEAK_ON)}")
     if args.case:
-        print(json.dumps(measure(CASES[args.case], device)))
+        print(json.dumps(measure(CASES[args.case][0], device)))
         return
     output = prepare_output(args.output)
     results = Results(args, device)
-    rows = [compare_memory(name, device) for name in tqdm(CASES, disable=None)]
+    rows = [measure_apart(name, device) for name in tqdm(CASES, disable=None)]
     print_table("Peak memory (GB), Table 4", rows)
     print_notes(NOTES)
     results.save(output, rows=rows, notes=NOTES)

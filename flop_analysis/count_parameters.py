@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from baselines import TABLE_4, TPT, clip_model, swin_model
+from baselines import CLIP_SIZES, TABLE_4, TPT, clip_model, swin_model
 from table import compare, print_notes, print_table
 from torch import nn
 
@@ -19,20 +19,10 @@ META = torch.device("meta")  # shapes are enough
 def build_models() -> dict[str, nn.Module]:
     """Every model of Table 4, and those whose counts explain it."""
     with META:
-        return {
-            "Swin-B": swin_model(),
-            "TPT (CLIP ViT-B/16)": TPT(clip_model("ViT-B/16")),
-            "CLIP ViT-B/32": clip_model("ViT-B/32"),
-            "CLIP ViT-B/16": clip_model("ViT-B/16"),
-            "CLIP ViT-L/14": clip_model("ViT-L/14"),
-            "APM, COCO model": APM(APMConfig.coco()),
-            "APM, TTT model": APM(APMConfig.tta()),
-        }
-
-
-def count(model: nn.Module) -> int:
-    """Parameters of a model."""
-    return sum(parameter.numel() for parameter in model.parameters())
+        models = {"Swin-B": swin_model(), "TPT (CLIP ViT-B/16)": TPT(clip_model("ViT-B/16"))}
+        models |= {f"CLIP {name}": clip_model(name) for name in CLIP_SIZES}
+        apms = {"COCO": APMConfig.coco(), "TTT": APMConfig.tta()}
+        return models | {f"APM, {name} model": APM(config) for name, config in apms.items()}
 
 
 def by_module(model: nn.Module) -> dict[str, int]:
@@ -81,8 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     results = Results(args, META)
 
     models = build_models()
-    counts = {name: count(model) for name, model in models.items()}
     modules = {name: by_module(model) for name, model in models.items()}
+    counts = {name: sum(parts.values()) for name, parts in modules.items()}
     rows, notes = table_rows(counts), explain(models, counts)
 
     print_table("Parameters (M), Table 4", rows)

@@ -3,11 +3,11 @@
 import warnings
 from collections.abc import Callable
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
-from apm.runtime.counting import torch_macs
+from apm.runtime.device import multiply_adds
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # one of fvcore's losses uses the deprecated torch.jit.script
@@ -24,22 +24,6 @@ HARMLESS = frozenset(
         *("cartesian_prod", "fill_", "numpy_T", "pad", "unflatten"),
     )
 )
-
-
-class Count(NamedTuple):
-    """Multiply-adds of a forward pass.
-
-    Attributes:
-        fvcore: all that fvcore counts, with the handle for attention.
-        attention: the handle's part, which fvcore alone leaves out.
-        normalisation: what fvcore charges for normalisation.
-        products: matrix products and convolutions, by torch's counter.
-    """
-
-    fvcore: int
-    attention: int
-    normalisation: int
-    products: int
 
 
 class Call(nn.Module):
@@ -60,8 +44,13 @@ def attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
     return 2 * prod(query) * key[-2]
 
 
-def count_forward(model: nn.Module, *inputs: Tensor) -> Count:
-    """Count a forward pass twice.
+def count_forward(model: nn.Module, *inputs: Tensor) -> dict[str, float]:
+    """Count a forward pass twice, in GMACs.
+
+    Returns:
+        ``ours``: all that fvcore counts, with the handle for attention; ``fvcore alone`` and
+        ``attention``, its two parts; ``norms``: what fvcore charges for normalisation; ``torch``:
+        matrix products and convolutions, by torch's counter.
 
     Raises:
         ValueError: if an operator is not known to be harmless or the counters disagree.
@@ -71,21 +60,19 @@ def count_forward(model: nn.Module, *inputs: Tensor) -> Count:
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.tracer_warnings("none")
     operators = analysis.by_operator()
-    products = torch_macs(lambda: model(*inputs))
-    count = Count(
-        fvcore=round(operators.total()),
-        attention=operators["scaled_dot_product_attention"],
-        normalisation=sum(operators[name] for name in NORMALISATION),
-        products=products,
-    )
     if unknown := set(analysis.unsupported_ops()) - HARMLESS:
         raise ValueError(f"fvcore cannot count {sorted(unknown)}: give them a handle")
+    total, attention = operators.total(), operators["scaled_dot_product_attention"]
+    norms = sum(operators[name] for name in NORMALISATION)
+    products = multiply_adds(lambda: model(*inputs))
     # fvcore rounds an einsum to four digits.
-    if abs(count.fvcore - count.normalisation - products) > 1e-6 * products:
-        raise ValueError(f"an operator is left out: fvcore and torch disagree on {count}")
-    return count
+    if abs(total - norms - products) > 1e-6 * products:
+        raise ValueError(f"fvcore and torch disagree: {total - norms:.0f} and {products} products")
+    macs = {"ours": total, "fvcore alone": total - attention, "attention": attention}
+    macs |= {"norms": norms, "torch": products}
+    return {name: number / 1e9 for name, number in macs.items()}
 
 
-def count_step(model: nn.Module, work: Callable[..., Tensor], *inputs: Tensor) -> int:
-    """Multiply-adds of a forward and a backward pass."""
-    return torch_macs(lambda: work(model, *inputs).sum().backward())
+def count_step(model: nn.Module, work: Callable[..., Tensor], *inputs: Tensor) -> float:
+    """GMACs of a forward and a backward pass."""
+    return multiply_adds(lambda: work(model, *inputs).sum().backward()) / 1e9

@@ -10,21 +10,21 @@ def compare(name: str, ours: float, paper: float | None = None, **more: Any) -> 
     return {"name": name, "paper": paper, "ours": ours, "difference": difference} | more
 
 
-def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
+def print_table(title: str, rows: Sequence[dict[str, Any]], digits: int = 2) -> None:
     """Names to the left, numbers to the right, ``-`` where there is none; units in the title."""
+
+    def cell(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.{digits}f}"
+        return "-" if value is None else str(value)
+
     columns = ["" if column == "name" else column for column in rows[0]]
-    cells = [columns] + [[_cell(value) for value in row.values()] for row in rows]
+    cells = [columns, *([cell(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     print(f"\n{title}")
     for name, *numbers in cells:
-        aligned = (f"{cell:>{width}}" for cell, width in zip(numbers, widths[1:], strict=True))
+        aligned = (f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=True))
         print("  ".join([f"{name:{widths[0]}}", *aligned]))
-
-
-def _cell(value: float | str | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def print_notes(notes: Sequence[str]) -> None:

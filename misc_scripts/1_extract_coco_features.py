@@ -7,32 +7,25 @@ made anew. Under torchrun the work is shared out:
     torchrun --nproc-per-node 8 misc_scripts/1_extract_coco_features.py
 """
 
-import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Generator, Iterable
-from contextlib import closing
-from itertools import islice
 from pathlib import Path
 
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from apm.data.features import (
-    STORE_DTYPES,
-    FeatureStore,
-    Packed,
-    StoreWriter,
-    describe_teacher,
+from apm.data.features import STORE_DTYPES, FeatureStore, StoreWriter
+from apm.data.images import (
+    PictureDataset,
+    Skipped,
+    UnreadableImage,
     file_sizes,
-    join,
-    pack,
+    image_names,
+    load_batches,
 )
-from apm.data.images import PictureDataset, image_names
 from apm.preprocessing import Preprocessing
-from apm.runtime.cli import OUTPUTS, Results, command, make_parser, precision, select_device
+from apm.runtime.cli import OUTPUTS, Results, command, make_parser
+from apm.runtime.device import precision, select_device
 from apm.runtime.distributed import claim_gpu, process_group, rank, wait_for_all, world_size
 from apm.runtime.files import prepare_output
 from apm.teachers import DEFAULT_TEACHER, DenseTeacher, load_dense_teacher
@@ -61,11 +54,10 @@ def shards_to_do(writer: StoreWriter, verify: bool) -> list[int]:
     todo = []
     for index in range(rank(), len(writer.shards), world_size()):
         try:
-            done = writer.is_done(index, verify)
+            if not writer.is_done(index, verify):
+                todo.append(index)
         except ValueError as error:
             tqdm.write(f"made anew: {error}", file=sys.stderr)
-            done = False
-        if not done:
             todo.append(index)
     return todo
 
@@ -75,87 +67,33 @@ def chunks(names: list[str], size: int) -> list[list[str]]:
     return [names[i : i + size] for i in range(0, len(names), size)]
 
 
-def load(
-    images: dict[str, Path], batches: list[list[str]], workers: int
-) -> Generator[tuple[list[str], Tensor, list[str]]]:
-    """Batches of names, their images ``(B, 3, H, W)`` uint8, and why one could not be read."""
-    names = [name for batch in batches for name in batch]
-    places = iter(range(len(names)))
-    loader = DataLoader(
-        PictureDataset([images[name] for name in names], Preprocessing()),
-        batch_sampler=[list(islice(places, len(batch))) for batch in batches],
-        num_workers=workers,
-    )
-    with tqdm(total=len(names), unit="image", disable=rank() > 0) as progress:
-        for batch, (pixels, reasons) in zip(batches, loader, strict=True):
-            yield batch, pixels, reasons
-            progress.update(len(batch))
-
-
-def make_shard(
-    batches: Iterable[tuple[list[str], Tensor, list[str]]], teacher: DenseTeacher, args: Namespace
-) -> tuple[list[str], Packed, dict[str, str]]:
-    """Names and features of the images that can be read; why others cannot."""
-    names, packed = [], []
-    skipped: dict[str, str] = {}
-    device = teacher.mean.device
-    for batch, pixels, reasons in batches:
-        with precision(device, args.dtype):
-            features = teacher(pixels.to(device) / 255)
-        skipped |= {name: why for name, why in zip(batch, reasons, strict=True) if why}
-        good = [i for i, name in enumerate(batch) if name not in skipped]
-        names += [batch[i] for i in good]
-        packed.append(pack(features[good], args.store_dtype).cpu())
-    for reason in skipped.values():
-        tqdm.write(f"skipped {reason}", file=sys.stderr)
-    return names, join(packed), skipped
-
-
 def extract(
-    writer: StoreWriter,
-    todo: list[int],
-    images: dict[str, Path],
-    teacher: DenseTeacher,
-    args: Namespace,
+    writer: StoreWriter, images: dict[str, Path], teacher: DenseTeacher, args: Namespace
 ) -> None:
-    """Write the shards ``todo``; no batch lies in two of them."""
-    parts = [chunks(writer.shards[index], args.batch_size) for index in todo]
-    batches = [batch for part in parts for batch in part]
-    with closing(load(images, batches, args.workers)) as loaded:
-        for index, part in zip(todo, parts, strict=True):
-            writer.write(index, *make_shard(islice(loaded, len(part)), teacher, args))
-
-
-def make_store(args: Namespace, images: dict[str, Path], device: torch.device) -> None:
-    """This process's share of the store."""
-    teacher = load_dense_teacher(
-        args.teacher, args.teacher_weights, block=args.teacher_block, margin=args.teacher_margin
-    ).to(device)
-    meta = describe_teacher(args.teacher, args.teacher_weights, teacher, args.dtype)
-    writer = StoreWriter(args.output, meta | {"store_dtype": args.store_dtype}, file_sizes(images))
+    """Make this process's share of the store; no batch lies in two shards."""
     todo = shards_to_do(writer, args.verify)
-    if rank() == 0:
-        print(
-            f"{len(images)} images in {len(writer.shards)} shards, "
-            f"{len(images) * writer.image_bytes / 1e9:.1f} GB in all; {len(todo)} shards to make "
-            f"here, {shutil.disk_usage(args.output).free / 1e9:.1f} GB free",
-            file=sys.stderr,
-        )
-    extract(writer, todo, images, teacher, args)
-
-
-def report(output: Path, images: int, results: Results) -> None:
-    """Say what the whole store holds.
-
-    Raises:
-        ValueError: if none of the images could be read.
-    """
-    store = FeatureStore(output)
-    if len(store.skipped) == images:
-        reason = next(iter(store.skipped.values()))
-        raise ValueError(f"none of {images} images could be read: {reason}")
-    results.save(output, images=len(store.sizes), skipped=store.skipped)
-    print(f"features of {len(store.sizes)} images in {output}, {len(store.skipped)} skipped")
+    parts = [chunks(writer.shards[index], args.batch_size) for index in todo]
+    rows = {name: row for row, name in enumerate(images)}
+    batches = [[rows[name] for name in names] for part in parts for names in part]
+    dataset = PictureDataset(images.values(), Preprocessing())
+    loaded = iter(load_batches(dataset, batches, args.workers))
+    device, skipped = teacher.mean.device, Skipped()
+    with tqdm(total=sum(map(len, batches)), unit="image", disable=rank() > 0) as progress:
+        for index, part in zip(todo, parts, strict=True):
+            features: dict[str, Tensor] = {}
+            for names in part:
+                batch = next(loaded)
+                for error in batch.errors:
+                    if not isinstance(error, UnreadableImage):
+                        raise error
+                    skipped.add(error)
+                if batch.rows:
+                    with precision(device, args.dtype):
+                        tokens = teacher(batch.items.to(device) / 255)
+                    features |= zip([names[row] for row in batch.rows], tokens, strict=True)
+                progress.update(len(names))
+            lost = [name for name in writer.shards[index] if name not in features]
+            writer.write(index, features, {name: skipped[str(images[name])] for name in lost})
 
 
 @command
@@ -168,11 +106,23 @@ def main(argv: list[str] | None = None) -> None:
         prepare_output(args.output)
     results = Results(args, device)
     with process_group(device):
-        wait_for_all()  # nobody writes before the folder is claimed
-        make_store(args, images, device)
+        teacher = load_dense_teacher(
+            args.teacher, args.teacher_weights, block=args.teacher_block, margin=args.teacher_margin
+        ).to(device)
+        meta = teacher.description() | {"dtype": args.dtype, "store_dtype": args.store_dtype}
+        if rank() > 0:
+            wait_for_all()  # until the first process has written down how the store is made
+        writer = StoreWriter(args.output, meta, file_sizes(images))
+        if rank() == 0:
+            wait_for_all()
+        extract(writer, images, teacher, args)
         wait_for_all()
     if rank() == 0:
-        report(args.output, len(images), results)
+        store = FeatureStore(args.output)
+        Skipped(store.skipped).refuse_all(len(images))
+        results.save(args.output, images=len(store.sizes), skipped=store.skipped)
+        made, lost = len(store.sizes), len(store.skipped)
+        print(f"features of {made} images in {args.output}, {lost} skipped")
 
 
 if __name__ == "__main__":

@@ -13,29 +13,30 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms.functional import center_crop
+from video_teacher import VideoTeacher, load_video_teacher
 
-from apm.island_figures import draw_islands, input_images, island_parser
-from apm.predictor import View
+from apm.data.images import Skipped, image_names, load_image
+from apm.drawing import draw_islands, islands_report
+from apm.islands import METHODS, island_colours
+from apm.predictor import View, left_out
 from apm.preprocessing import Preprocessing, to_pixels
-from apm.runtime.cli import (
-    FLAGS,
-    OUTPUTS,
-    Results,
-    command,
-    precision,
-    seed_everything,
-    select_device,
-)
-from apm.runtime.files import prepare_output
-from apm.video import VideoTeacher, load_video_teacher
+from apm.runtime.cli import FLAGS, OUTPUTS, Results, command, make_parser
+from apm.runtime.device import precision, seed_everything, select_device
+from apm.runtime.files import ROOT, prepare_output
 
 
 def parse(argv: list[str] | None) -> Namespace:
     """The script's flags."""
-    parser = island_parser(__doc__, output=OUTPUTS / "hinton_islands")
-    parser.add_argument(
-        "--block", type=int, default=0, help="block to take tokens from, 0..15 or -1 the last"
+    parser = make_parser(
+        __doc__,
+        *("--input", "--output", "--device", "--dtype", "--seed", "--limit"),
+        input=ROOT / "assets" / "cat.jpg",
+        output=OUTPUTS / "hinton_islands",
     )
+    add = parser.add_argument
+    add("--method", choices=METHODS, default="tsne", help="how islands are coloured")
+    add("--save-features", action="store_true", help="also write all arrays as .npz")
+    add("--block", type=int, default=0, help="block to take tokens from, 0..15 or -1 the last")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--teacher-weights", **FLAGS["--teacher-weights"])
     weights.add_argument(
@@ -46,32 +47,44 @@ def parse(argv: list[str] | None) -> Namespace:
 
 def look(teacher: VideoTeacher, image: Image.Image, *, device: torch.device, dtype: str) -> View:
     """The picture as the transformer sees it, and its tokens."""
-    square = Preprocessing(image_size=teacher.transforms.resize_size[0]).picture(image)
+    resized, seen = teacher.transforms.resize_size[0], teacher.transforms.crop_size[0]
+    preprocessing = Preprocessing(image_size=resized)
+    square = preprocessing.picture(image)
     with precision(device, dtype):
         tokens = teacher(to_pixels(square)[None].to(device))[0]
-    seen = center_crop(square, teacher.transforms.crop_size)
-    return View(np.asarray(seen), tokens.cpu().numpy())
+    return View(
+        np.asarray(center_crop(square, [seen])),
+        tokens.cpu().numpy(),
+        left_out=left_out(image, preprocessing, seen / resized),
+    )
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = select_device(args.device)
-    paths = input_images(args)
+    paths = image_names(args.input, args.limit)
+    if len(paths) == 1:
+        load_image(*paths.values())  # refused before anything is made
     seed_everything(args.seed)  # the seed of random weights, too
     teacher = load_video_teacher(
         args.teacher_weights, random_weights=args.random_weights, block=args.block
     ).to(device)
     output = prepare_output(args.output)
     results = Results(args, device)
-    draw_islands(
+    skipped = Skipped()
+    block = len(teacher.mvit.blocks) - 1  # those after it are cut off
+    images = draw_islands(
         paths,
+        skipped,
         partial(look, teacher, device=device, dtype=args.dtype),
+        partial(island_colours, method=args.method, seed=args.seed),
         output,
-        args,
-        results,
-        note=" (random weights)" if args.random_weights else "",
+        label=f"islands after block {block}" + " (random weights)" * args.random_weights,
+        save_features=args.save_features,
     )
+    results.save(output, images=images, skipped=skipped)
+    print(islands_report(images, skipped, output))
 
 
 if __name__ == "__main__":

@@ -5,67 +5,43 @@ train.py reads are both of these squares. Sub-folders are kept; what is already 
 """
 
 import sys
-from functools import partial
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from PIL import Image
-from tqdm import tqdm
+from image_threads import for_each
 
 from apm.data.images import image_names, load_image
 from apm.preprocessing import Preprocessing
-from apm.runtime.cli import OUTPUTS, Results, command, make_parser, positive_int, select_device
-from apm.runtime.files import atomic_path, prepare_output
-
-
-def resize(item: tuple[str, Path], preprocessing: Preprocessing, output: Path) -> dict[str, str]:
-    """Write one resized image; return path and reason if the image cannot be read.
-
-    Raises:
-        ValueError: if it is there in another size.
-    """
-    name, path = item
-    target, side = output / f"{name}.jpg", preprocessing.image_size
-    if target.exists():
-        with Image.open(target) as present:
-            if present.size != (side, side):
-                raise ValueError(
-                    f"{target}: {present.width} x {present.height} pixels, not {side} x {side}; "
-                    "choose another --output"
-                )
-        return {}
-    try:
-        picture = preprocessing.picture(load_image(path))
-    except (ValueError, FileNotFoundError) as error:
-        return {str(path): str(error)}
-    with atomic_path(target) as temporary:
-        picture.save(temporary, quality=95)
-    return {}
+from apm.runtime.cli import FLAGS, OUTPUTS, Results, command, make_parser, positive_int
+from apm.runtime.device import select_device
+from apm.runtime.files import atomic_path, keep_settings, prepare_output
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__, "--input", "--output", "--limit", "--workers", workers=2)
-    parser.set_defaults(output=OUTPUTS / "resized")
+    parser = make_parser(
+        __doc__, "--output", "--limit", "--workers", output=OUTPUTS / "resized", workers=2
+    )
+    parser.add_argument("--input", required=True, **FLAGS["--input"])
     parser.add_argument("--image-size", type=positive_int, default=448, help="side in pixels")
     args = parser.parse_args(argv)
-    if args.input is None:
-        raise ValueError("--input is needed: a folder of images")
-    items = image_names(args.input, args.limit)
+    images = image_names(args.input, args.limit)
     output = prepare_output(args.output)
-    work = partial(resize, preprocessing=Preprocessing(image_size=args.image_size), output=output)
+    keep_settings(output / "settings.json", {"image_size": args.image_size})
+    preprocessing = Preprocessing(image_size=args.image_size)
     results = Results(args, select_device("cpu"))
-    skipped: dict[str, str] = {}
-    with ThreadPool(max(args.workers, 1)) as pool:
-        done = pool.imap_unordered(work, items.items(), 16)
-        for unreadable in tqdm(done, total=len(items), unit="image"):
-            skipped |= unreadable
-    if len(skipped) == len(items):
-        raise ValueError(next(iter(skipped.values())))
-    for reason in skipped.values():
-        print(f"skipped {reason}", file=sys.stderr)
-    results.save(output, images=len(items) - len(skipped), skipped=skipped)
-    print(f"{len(items) - len(skipped)} images in {output}, {len(skipped)} skipped")
+
+    def resize(image: tuple[str, Path]) -> None:
+        name, path = image
+        target = output / f"{name}.jpg"
+        if not target.exists():
+            picture = preprocessing.picture(load_image(path))
+            with atomic_path(target) as temporary:
+                picture.save(temporary, quality=95)
+
+    skipped = for_each(resize, images.items(), args.workers)
+    count = len(images) - len(skipped)
+    results.save(output, images=count, skipped=skipped)
+    print(f"{count} images in {output}, {len(skipped)} skipped")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from apm import APM, APMConfig, save_model
 from apm.preprocessing import Preprocessing
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "misc_scripts" / "bundled")]
+FOLDERS = ("tests", "misc_scripts", "misc_scripts/bundled")
+sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
 torch.set_num_threads(2)
 
 # What scripts keep in the user's cache is no business of the tests, nor theirs of the user.
@@ -50,7 +51,7 @@ def model() -> APM:
 
 @pytest.fixture
 def checkpoint(tmp_path, model) -> Path:
-    path = tmp_path / "tiny.pth"
+    path = tmp_path / "tiny.safetensors"
     save_model(path, model)
     return path
 

@@ -1,10 +1,7 @@
 import numpy as np
 import pytest
-import torch
 
 from apm.islands import METHODS, island_colours, island_series, principal_components
-from apm.predictor import undo_token_offset
-from apm.scores import island_scores, location_labels
 
 
 def two_islands(side=12, width=20, noise=0.05):
@@ -58,45 +55,6 @@ def test_principal_components_keep_all_the_variance_they_can():
     singular = np.linalg.svd(points, compute_uv=False)
     np.testing.assert_allclose(np.linalg.norm(projected, axis=0), singular[:3], rtol=1e-4)
     assert principal_components(points[:, :2], 3).shape == (50, 3)
-
-
-def test_scores_of_perfect_and_of_useless_features():
-    features, labels = two_islands()
-    ari, nmi = island_scores(features.reshape(144, -1), labels.ravel() + 1)
-    assert ari == pytest.approx(1) and nmi == pytest.approx(1)
-    noise = np.random.default_rng(1).normal(size=(144, 8))
-    ari, _ = island_scores(noise, labels.ravel() + 1)
-    assert abs(ari) < 0.1
-
-
-def test_unlabelled_places_and_small_classes_do_not_count():
-    features, labels = two_islands()
-    labels = labels.ravel() + 1
-    labels[:6] = 0  # would be wrong if they counted
-    features = features.reshape(144, -1)
-    features[:6] = features[-1]
-    assert island_scores(features, labels)[0] == pytest.approx(1)
-    labels[20:25] = 9  # 5 locations: no third cluster is made for them
-    assert island_scores(features, labels)[0] > 0.85
-    assert island_scores(features, np.where(labels == 2, 0, 1)) is None
-
-
-def test_a_patch_has_its_majoritys_label():
-    mask = np.zeros((28, 42), int)
-    mask[:14, :14] = 5
-    mask[:14, 14:20] = 7
-    mask[14:, 30:] = 200
-    assert location_labels(mask, 14).tolist() == [5, 0, 0, 0, 0, 200]
-
-
-def test_token_offset_is_undone():
-    # Place n of a released model answers token n of (5 leading tokens, then the patches).
-    patches = torch.arange(64.0)
-    learnt = torch.cat([torch.full((5,), -1.0), patches])[:64].view(8, 8, 1)
-    shown = undo_token_offset(learnt, 5).ravel()
-    np.testing.assert_array_equal(shown[:59], patches[:59])
-    np.testing.assert_array_equal(shown[59:], patches[51:56])
-    np.testing.assert_array_equal(undo_token_offset(learnt, 0), learnt)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -6,7 +6,6 @@ from torch import nn
 
 from apm import APM, APMConfig
 from apm.checkpoint import from_released
-from apm.model import sample
 
 
 def count(model):
@@ -116,28 +115,25 @@ def test_without_images_the_null_stands_in():
     assert not torch.allclose(with_patch, other_patch)
 
 
-def test_sampling_at_grid_points_reads_them_and_is_bilinear_between():
-    maps = torch.rand(2, 3, 4, 4)
-    grid = make_model().grid_positions()
-    torch.testing.assert_close(sample(maps, grid), maps.flatten(2).transpose(1, 2))
-    between = sample(maps, torch.tensor([[1.0, 2.5]]))[:, 0]
-    torch.testing.assert_close(between, (maps[:, :, 1, 2] + maps[:, :, 1, 3]) / 2)
-    outside = sample(maps, torch.tensor([[-3.0, 9.0]]))[:, 0]
-    torch.testing.assert_close(outside, maps[:, :, 0, 3])
-
-
 @pytest.mark.parametrize("blocks", [(0, 0), (2, 0), (0, 1), (1, 1)])
 def test_a_location_sees_a_neighbourhood_of_local_size_and_no_more(blocks):
     model = make_model(image_size=112, local_width=64, local_blocks=blocks)
     images = torch.rand(1, 3, 112, 112, requires_grad=True)
     row, column = 4, 3
-    model.local_maps(images)[0, :, row, column].sum().backward()
+    model.local_patches(images, 1)[0, :, row, column].sum().backward()
     seen = images.grad[0].abs().amax(dim=0) > 0
     margin = (model.config.local_size - 14) // 2
     expected = torch.zeros(112, 112, dtype=torch.bool)
     top, left = 14 * row - margin, 14 * column - margin
     expected[top : top + 14 + 2 * margin, left : left + 14 + 2 * margin] = True
     assert torch.equal(seen, expected)
+
+
+def test_images_that_do_not_see_their_local_patches_are_answered_from_the_column_alone(asked):
+    model, images, column, (whole, _) = asked
+    alone, _ = model.query(column)
+    mixed, _ = model.query(column, images=images, sees_local=torch.tensor([False, True]))
+    torch.testing.assert_close(mixed, torch.stack([alone[0], whole[1]]), atol=1e-6, rtol=0)
 
 
 def test_a_far_change_reaches_a_location_through_the_column_only():
@@ -154,14 +150,14 @@ def test_a_far_change_reaches_a_location_through_the_column_only():
 
 
 @pytest.mark.parametrize("heads", [1, 4])
-def test_attention_pooling_equals_multihead_attention(heads):
+def test_poolinging_equals_multihead_attention(heads):
     model = make_model(pooling="attention", pool_heads=heads)
-    attention = model.attention_pool.attention
+    attention = model.pooling.attention
     nn.init.normal_(attention.in_proj_bias)
     nn.init.normal_(attention.out_proj.bias)
     features = torch.randn(3, 16, 16)
     tokens = features + grid_encoding(4, 16)
-    query = model.attention_pool.query.expand(3, 1, -1)
+    query = model.pooling.query.expand(3, 1, -1)
     expected = attention(query, tokens, tokens)[0][:, 0]
     torch.testing.assert_close(model.pool(features), expected, atol=1e-5, rtol=1e-4)
 
@@ -219,9 +215,9 @@ def test_wrong_positions_and_images_are_refused_and_doubles_are_welcome():
     column, positions = model.encode(images), model.grid_positions()
     expected = model.query(column, positions, images=images)[0]
     torch.testing.assert_close(model.query(column, positions.double(), images=images)[0], expected)
-    with pytest.raises(ValueError, match=r"positions have shape \(16, 3\)"):
+    with pytest.raises(ValueError, match=r"positions: shape \(16, 3\)"):
         model.query(column, torch.zeros(16, 3))
-    with pytest.raises(ValueError, match=r"images have shape"):
+    with pytest.raises(ValueError, match=r"images: shape"):
         model.query(column, images=images[..., :28, :28])
     with pytest.raises(ValueError, match="1 images for 2 columns"):
         model.query(column, images=images[:1])

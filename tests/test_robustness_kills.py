@@ -129,27 +129,34 @@ def test_extraction_with_random_weights(zygote, tmp_path):
 
 def test_training_with_random_weights(zygote, tmp_path):
     images, weights = fill(tmp_path / "images", 24), vit_weights(tmp_path)
-    save_model(tmp_path / "tiny.pth", make_model(feature_dim=64, local_width=8))
+    save_model(tmp_path / "tiny", make_model(feature_dim=64, local_width=8))
     script = "misc_scripts/train.py"
     arguments = ["--input", images, "--teacher", "test_vit", "--teacher-weights", weights]
-    arguments += ["--teacher-block", "0", "--init", tmp_path / "tiny.pth", "--batch-size", "4"]
+    arguments += [
+        "--teacher-block",
+        "0",
+        "--init",
+        tmp_path / "tiny",
+        "--batch-size",
+        "4",
+    ]
     arguments += ["--validation-images", "4", "--epochs", "12", "--augment", "--resume"]
     arguments += ["--save-every", "2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     started = time.monotonic()
     assert zygote.run(script, [*arguments, "--output", whole]) == 0
     longest = (time.monotonic() - started) / 2
-    expected = load_model(whole / "apm.pth").state_dict()
+    expected = load_model(whole / "apm.safetensors").state_dict()
     reached = 0
 
     def check() -> None:
         nonlocal reached
         state = killed / "last.pth"
-        step = torch.load(state, weights_only=True)["step"] if state.exists() else 0
+        step = torch.load(state, weights_only=True)["steps_done"] if state.exists() else 0
         assert step >= reached  # nothing lost
         reached = step
-        if (killed / "apm.pth").exists():
-            model = load_model(killed / "apm.pth")
+        if (killed / "apm.safetensors").exists():
+            model = load_model(killed / "apm.safetensors")
             for name, tensor in model.state_dict().items():  # nothing corrupt or done twice
                 last = model.provenance["validation"]["epoch"] == 12
                 assert torch.equal(tensor, expected[name]) or not last, name
@@ -160,7 +167,7 @@ def test_training_with_random_weights(zygote, tmp_path):
         reached = 0
 
     kill_until_done(zygote, script, [*arguments, "--output", killed], longest, check, restart)
-    assert (killed / "apm.pth").exists() and not leftovers(killed)
+    assert (killed / "apm.safetensors").exists() and not leftovers(killed)
     steps = [row["step"] for row in csv.DictReader((killed / "steps.csv").open())]
     assert steps == [row["step"] for row in csv.DictReader((whole / "steps.csv").open())]
 
@@ -170,7 +177,7 @@ def test_test_time_training_of_a_data_set_with_random_weights(zygote, tmp_path):
         (tmp_path / "set").mkdir(exist_ok=True)
         fill(tmp_path / "set" / name, 40)
     teacher = save_tiny_clip(tmp_path / "tiny.pt")
-    script = "single_token_segmentation/train_tta.py"
+    script = "single_token_segmentation/evaluate_tta.py"
     arguments = ["--dataset", "imagefolder", "--data-root", tmp_path / "set", "--teacher", teacher]
     arguments += ["--iterations", "1", "--report-at", "1"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -198,9 +205,16 @@ def test_test_time_training_of_a_data_set_with_random_weights(zygote, tmp_path):
 
 def test_figures_of_a_folder(zygote, tmp_path):
     images, output = fill(tmp_path / "images", 12), tmp_path / "out"
-    save_model(tmp_path / "tiny.pth", make_model())
+    save_model(tmp_path / "tiny", make_model())
     script = "predict_test_image.py"
-    arguments = ["--checkpoint", tmp_path / "tiny.pth", "--input", images, "--output", output]
+    arguments = [
+        "--checkpoint",
+        tmp_path / "tiny",
+        "--input",
+        images,
+        "--output",
+        output,
+    ]
     arguments += ["--method", "pca", "--save-features"]
     started = time.monotonic()
     assert zygote.run(script, arguments) == 0

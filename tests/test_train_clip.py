@@ -20,7 +20,7 @@ from tiny_clip import (
 )
 from torch import nn
 
-from apm.teachers import load_token_teacher
+from apm.token_teachers import load_token_teacher
 
 NAMES, TEMPLATES = ("red", "blue"), ("a photo of a {}", "the {} one", "see the bright {} there")
 VIT = "vit_tiny_patch16_224"

@@ -1,29 +1,55 @@
-"""Image files in; pairs of images and teacher features out."""
+"""Image files: finding, reading and naming them, and what becomes of those that cannot be read."""
 
 import os
+import signal
 import sys
+import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from apm.preprocessing import Preprocessing, to_pixels
 
-if TYPE_CHECKING:
-    from apm.data.features import FeatureStore, NpyStore
-
 IMAGE_SUFFIXES = frozenset(
     suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
 )
+
+
+class UnreadableImage(ValueError):
+    """An image that cannot be read. Its text is one line: the path and why."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(str(path), reason)  # both, for pickle
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}: {self.args[1]}"
+
+
+class Skipped(dict[str, str]):
+    """Images that were left out because they cannot be read: path -> the whole reason."""
+
+    def add(self, error: UnreadableImage) -> None:
+        """Report and keep one."""
+        self[error.args[0]] = str(error)
+        tqdm.write(f"skipped {error}", file=sys.stderr)
+
+    def refuse_all(self, count: int) -> None:
+        """Say that there was nothing to do.
+
+        Raises:
+            ValueError: if all of ``count`` images were skipped.
+        """
+        if count and len(self) == count:
+            reason = next(iter(self.values()))
+            raise ValueError(f"none of {count} images could be read: {reason}")
 
 
 def load_image(path: str | Path) -> Image.Image:
@@ -33,12 +59,11 @@ def load_image(path: str | Path) -> Image.Image:
     to 8 bits, and of an animation the first frame is taken.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file cannot be read as an image.
+        UnreadableImage: if there is no such file, or it is no image.
     """
     path = Path(path)
     if not os.path.lexists(path):
-        raise FileNotFoundError(f"{path}: no such file")
+        raise UnreadableImage(path, "no such file")
     try:
         if not path.is_file():  # reading a pipe would wait for ever
             raise ValueError("a folder" if path.is_dir() else "a broken link or no regular file")
@@ -47,43 +72,17 @@ def load_image(path: str | Path) -> Image.Image:
             # EXIF data is no reason to complain of a picture.
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
-                return _to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # decoders raise whatever the bytes provoke
+                return _to_rgb(ImageOps.exif_transpose(image), image.format)
+    except Exception as error:  # decoders raise many types
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: cannot be read as an image ({reason})") from error
-
-
-def load_images(
-    paths: Mapping[str, Path], skipped: dict[str, str]
-) -> Iterator[tuple[str, Image.Image]]:
-    """Read named images one by one, with a progress bar.
-
-    A file that cannot be read is reported and added to ``skipped``, path to reason.
-
-    Raises:
-        ValueError: at the end, if none could be read; for a single file, with its own reason.
-    """
-    for name, path in tqdm(paths.items(), unit="image", disable=len(paths) == 1):
-        try:
-            image = load_image(path)
-        except (ValueError, FileNotFoundError) as error:  # it may have gone since it was listed
-            skipped[str(path)] = str(error)
-            if len(paths) > 1:
-                tqdm.write(f"skipped {error}", file=sys.stderr)
-        else:
-            yield name, image
-    if len(skipped) == len(paths):
-        reason = next(iter(skipped.values()))
-        raise ValueError(
-            reason if len(paths) == 1 else f"none of {len(paths)} images could be read: {reason}"
-        )
+        raise UnreadableImage(path, f"cannot be read as an image ({reason})") from error
 
 
 def load_labels(path: str | Path) -> Image.Image:
     """Read a label image, whose pixel values (or palette indices) are class ids.
 
     Raises:
-        ValueError: if the file cannot be read as an image with one channel.
+        UnreadableImage: if the file cannot be read as an image with one channel.
     """
     try:
         with Image.open(path) as image:
@@ -92,17 +91,30 @@ def load_labels(path: str | Path) -> Image.Image:
                 raise ValueError(f"mode {image.mode}, expected one channel of class ids")
             return image.convert("I") if image.mode.startswith("I") else image
     except Exception as error:  # as in load_image
-        raise ValueError(f"{path}: cannot be read as a mask ({error})") from error
+        raise UnreadableImage(path, f"cannot be read as a mask ({error})") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def load_images(paths: Mapping[str, Path], skipped: Skipped) -> Iterator[tuple[str, Image.Image]]:
+    """Read named images one by one, with a progress bar; skip those that cannot be read.
+
+    Raises:
+        ValueError: at the end, if none could be read; for a single file at once.
+    """
+    for name, path in tqdm(paths.items(), unit="image", disable=len(paths) == 1):
+        try:
+            yield name, load_image(path)
+        except UnreadableImage as error:
+            if len(paths) == 1:
+                raise
+            skipped.add(error)
+    skipped.refuse_all(len(paths))
+
+
+def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
-        values: np.ndarray = np.asarray(image, np.float32)
-        if values.max() > 255:  # 16 bits
-            values = values / 257
-        elif image.mode == "F" and values.max() <= 1:
-            values = values * 255
-        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+        values = np.nan_to_num(np.asarray(image, np.float32), nan=0)
+        scale = 255 / _white(image.mode, file_format, values)
+        image = Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -110,10 +122,25 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _white(mode: str, file_format: str | None, values: np.ndarray) -> float:
+    """The value of white in an image with one channel of more than 8 bits.
+
+    Where mode and format do not say it, it is guessed from all but the brightest thousandth of the
+    pixels. The bounds lie between the ranges, so that a picture that is a little brighter or darker
+    than its neighbour is read alike.
+    """
+    if mode.startswith("I;16") or file_format == "PNG":  # PNG has no more than 16 bits
+        return 65535
+    brightest = np.quantile(values, 0.999)
+    if mode == "F" and brightest <= 2:
+        return 1
+    return next((white for white in (255, 65535) if brightest <= 2 * white), 2.0**31 - 1)
+
+
 def find_images(source: str | Path, limit: int | None = None) -> list[Path]:
     """The image files named by ``source``: one file, or every image below a folder, sorted.
 
-    Hidden files and folders are left out: thumbnails, and what a killed run left half-written.
+    Hidden files and folders are left out: thumbnails, notebooks' copies, half-written files.
 
     Raises:
         FileNotFoundError: if ``source`` does not exist or a folder holds no image.
@@ -127,6 +154,20 @@ def find_images(source: str | Path, limit: int | None = None) -> list[Path]:
     if not paths:
         raise FileNotFoundError(f"{source}: no image in this folder")
     return paths[:limit]
+
+
+def find_classes(root: Path) -> dict[str, list[Path]]:
+    """The images of each class, one folder a class: folder name -> images, both sorted.
+
+    Raises:
+        FileNotFoundError: if there is no folder of classes, or a class has no image.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+    if not folders:
+        raise FileNotFoundError(f"{root}: no folder of a class in it")
+    return {folder.name: find_images(folder) for folder in folders}
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -162,91 +203,92 @@ def image_names(source: str | Path, limit: int | None = None) -> dict[str, Path]
     }
 
 
-class PictureDataset(Dataset):
-    """Images for a teacher, cut and resized by ``preprocessing``.
+def file_sizes(images: Mapping[str, Path]) -> dict[str, int]:
+    """Each image's size in bytes, which tells it from another of its name; 0 for a broken link."""
+    return {name: path.stat().st_size if path.exists() else 0 for name, path in images.items()}
 
-    An item is ``(3, H, W)`` uint8 RGB and an empty string; for an image that cannot be read, black
-    and the reason.
-    """
+
+class PictureDataset(Dataset):
+    """Images cut and resized by ``preprocessing``: ``(3, H, W)`` uint8 RGB."""
 
     def __init__(self, paths: Iterable[Path], preprocessing: Preprocessing) -> None:
-        self.paths = list(paths)
-        self.preprocessing = preprocessing
+        self.paths, self.preprocessing = list(paths), preprocessing
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        try:
-            return to_pixels(self.preprocessing.picture(load_image(self.paths[index]))), ""
-        except (ValueError, FileNotFoundError) as error:
-            side = self.preprocessing.image_size
-            return torch.zeros(3, side, side, dtype=torch.uint8), str(error)
+    def __getitem__(self, index: int) -> Tensor:
+        return to_pixels(self.preprocessing.picture(load_image(self.paths[index])))
 
 
-class DistillationDataset(Dataset):
-    """Images with their teacher features, cropped and flipped alike.
+class Batch(NamedTuple):
+    """What could be read of a batch.
 
-    An item is the image ``(3, H, W)`` uint8 RGB and its features ``(N, F)`` float16, row by row;
-    without a store the features are empty, for the teacher to make from the image. With
-    ``augment``, half of the pictures are cropped to a random square of at least half the side and
-    resized to the full size, and half are flipped; the features are sampled at the crop's
-    locations. The crop is a function of seed, ``epoch`` and index.
+    Attributes:
+        rows: places in the batch of what could be read.
+        items: that, stacked; None if there is nothing.
+        errors: why the rest could not be read.
     """
 
-    def __init__(
-        self,
-        images: Mapping[str, Path],
-        preprocessing: Preprocessing,
-        store: "FeatureStore | NpyStore | None" = None,
-        augment: bool = False,
-        seed: int = 0,
-    ) -> None:
-        self.names, self.paths = list(images), list(images.values())
-        self.preprocessing, self.store = preprocessing, store
-        self.augment, self.seed, self.epoch = augment, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        picture = self.preprocessing.picture(load_image(self.paths[index]))
-        features = self.store.read(self.names[index]) if self.store else torch.empty(0)
-        if not self.augment:
-            return to_pixels(picture), features.half()
-        random = np.random.default_rng((self.seed % 2**32, self.epoch, index))
-        side = min(random.uniform(0.5, 1.5), 1)  # of the crop, as a share of the picture's
-        left, top = random.uniform(0, 1 - side, size=2)
-        flip = random.random() < 0.5
-        box = picture.width * np.array([left, top, left + side, top + side])
-        image = to_pixels(picture.resize(picture.size, Image.Resampling.BILINEAR, box=tuple(box)))
-        if self.store:
-            features = crop_features(features, left, top, side, flip)
-        return image.flip(-1) if flip else image, features.half()
+    rows: list[int]
+    items: Any
+    errors: list[Exception]
 
 
-def crop_features(
-    features: Tensor, left: float, top: float, side: float, flip: bool = False
-) -> Tensor:
-    """Features of a square crop, from those of the whole picture by bilinear sampling.
-
-    Args:
-        features: ``(N, F)`` on a square grid, row by row.
-        left, top, side: the crop, as shares of the picture's side.
-        flip: whether the crop is mirrored, left to right.
-
-    Returns:
-        ``(N, F)``: the crop's own grid.
-    """
-    grid_size = round(len(features) ** 0.5)
-    theta = torch.tensor(
-        [
-            [-side if flip else side, 0, 2 * left + side - 1],
-            [0, side, 2 * top + side - 1],
-        ],
-        dtype=torch.float32,
+def load_batches(
+    dataset: Dataset, batches: Sequence[Sequence[int]], workers: int
+) -> Iterable[Batch]:
+    """Read batches of a data set in worker processes; an item that raises does not end them."""
+    return DataLoader(
+        _Caught(dataset),
+        batch_sampler=batches,  # type: ignore[arg-type]  (any sequence will do)
+        num_workers=workers,
+        collate_fn=_stack,
+        worker_init_fn=_ignore_interrupts,
     )
-    grid = F.affine_grid(theta[None], [1, 1, grid_size, grid_size], align_corners=False)
-    maps = features.T.reshape(1, -1, grid_size, grid_size)
-    cropped = F.grid_sample(maps, grid, padding_mode="border", align_corners=False)
-    return cropped[0].flatten(1).T
+
+
+class _Caught(Dataset):
+    """Items, or the errors that reading them raised: a worker's would come with a traceback."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except (ValueError, OSError) as error:
+            return error
+
+
+def _stack(items: Sequence[Any]) -> Batch:
+    rows = [row for row, item in enumerate(items) if not isinstance(item, Exception)]
+    errors = [item for item in items if isinstance(item, Exception)]
+    return Batch(rows, default_collate([items[row] for row in rows]) if rows else None, errors)
+
+
+def _ignore_interrupts(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+
+
+class Reader:
+    """The items of batches that must be whole, and how long they were waited for.
+
+    Attributes:
+        seconds: of waiting, so far.
+
+    Raises:
+        UnreadableImage: from the loop, at an image that cannot be read.
+    """
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.batches, self.seconds = batches, 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        iterator, started = iter(self.batches), time.perf_counter()
+        for batch in iterator:
+            self.seconds += time.perf_counter() - started
+            if batch.errors:
+                raise batch.errors[0]
+            yield batch.items
+            started = time.perf_counter()

@@ -1,205 +1,111 @@
 """Test sets of labelled images, by torchvision's own loaders and layouts."""
 
-import functools
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import timm.data
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset
 from torchvision import datasets
 
-from apm.corruptions import PARAMETERS
-from apm.data.images import load_image
+from apm.data.class_names import CIFAR10_CLASSES, EUROSAT_CLASSES, readable
+from apm.data.images import UnreadableImage, find_classes, load_image
 from apm.runtime.files import dated_sha256, read_array
-from apm.teachers import imagenet_index, imagenet_names
 
 
-class Images(Protocol):
-    """Pairs of a PIL image and a class index."""
+class FolderImages(Dataset):
+    """Images in one folder a class; labels are in the order of the folders' names."""
 
-    def __len__(self) -> int: ...
+    def __init__(self, root: Path) -> None:
+        found = find_classes(root)
+        self.classes = list(found)
+        self.samples = [
+            (path, label) for label, paths in enumerate(found.values()) for path in paths
+        ]
 
-    def __getitem__(self, index: int, /) -> tuple[Image.Image, int]: ...
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[index]
+        return load_image(path), label
 
 
-# Name -> folder of its files below the root, and builder(root, download) of the split on which
-# accuracies are reported; of the whole set where torchvision has no split (Caltech101, SUN397,
-# EuroSAT).
-TORCHVISION: dict[str, tuple[str, Callable[[Path, bool], Any]]] = {
-    "cifar10": (
-        "cifar-10-batches-py",
-        lambda root, download: datasets.CIFAR10(root, train=False, download=download),
-    ),
-    "cifar100": (
-        "cifar-100-python",
-        lambda root, download: datasets.CIFAR100(root, train=False, download=download),
-    ),
-    "flowers102": (
-        "flowers-102",
-        lambda root, download: datasets.Flowers102(root, "test", download=download),
-    ),
-    "dtd": ("dtd", lambda root, download: datasets.DTD(root, "test", download=download)),
-    "oxford_pets": (
-        "oxford-iiit-pet",
-        lambda root, download: datasets.OxfordIIITPet(root, "test", download=download),
-    ),
-    "caltech101": (
-        "caltech101",
-        lambda root, download: datasets.Caltech101(root, download=download),
-    ),
-    "food101": (
-        "food-101",
-        lambda root, download: datasets.Food101(root, "test", download=download),
-    ),
-    "sun397": ("SUN397", lambda root, download: datasets.SUN397(root, download=download)),
-    "fgvc_aircraft": (
-        "fgvc-aircraft-2013b",
-        lambda root, download: datasets.FGVCAircraft(root, "test", download=download),
-    ),
-    "eurosat": ("eurosat", lambda root, download: datasets.EuroSAT(root, download=download)),
-    "imagefolder": ("", lambda root, download: datasets.ImageFolder(root, loader=load_image)),
+def _eurosat(root: Path, download: bool) -> FolderImages:
+    if download:
+        datasets.EuroSAT(root, download=True)
+    return FolderImages(root / "eurosat" / "2750")  # torchvision takes hidden folders for classes
+
+
+# Name -> folder of its files below the root, loader, and the split on which accuracies are
+# reported: the whole set where torchvision has no split.
+TORCHVISION: dict[str, tuple[str, Callable[..., Any], dict[str, Any]]] = {
+    "cifar10": ("cifar-10-batches-py", datasets.CIFAR10, {"train": False}),
+    "cifar100": ("cifar-100-python", datasets.CIFAR100, {"train": False}),
+    "flowers102": ("flowers-102", datasets.Flowers102, {"split": "test"}),
+    "dtd": ("dtd", datasets.DTD, {"split": "test"}),
+    "oxford_pets": ("oxford-iiit-pet", datasets.OxfordIIITPet, {"split": "test"}),
+    "caltech101": ("caltech101", datasets.Caltech101, {}),
+    "food101": ("food-101", datasets.Food101, {"split": "test"}),
+    "sun397": ("SUN397", datasets.SUN397, {}),
+    "fgvc_aircraft": ("fgvc-aircraft-2013b", datasets.FGVCAircraft, {"split": "test"}),
+    "eurosat": ("eurosat", _eurosat, {}),
+    "imagefolder": ("", lambda root, download: FolderImages(root), {}),
 }
-CIFAR10C = "cifar10c"
-DATASETS = (*TORCHVISION, CIFAR10C)
-ALL = "all"
+DATASETS = (*TORCHVISION, "cifar10c")
 
-CIFAR10_CLASSES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
+# Of ImageNet-C and CIFAR-10-C, in the published order.
+CORRUPTIONS = (
+    *("gaussian_noise", "shot_noise", "impulse_noise"),
+    *("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    *("snow", "frost", "fog", "brightness"),
+    *("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 )
-EUROSAT_CLASSES = (
-    "annual crop land",
-    "forest",
-    "herbaceous vegetation land",
-    "highway or road",
-    "industrial buildings",
-    "pasture land",
-    "permanent crop land",
-    "residential buildings",
-    "river",
-    "sea or lake",
-)
+ALL = "all"
 
 
 @dataclass(frozen=True)
-class LabelledImages:
-    """A test set.
+class LabelledImages(Dataset):
+    """A test set: pairs of an RGB image and its label.
 
     Attributes:
-        name: what it is, for tables and caches.
-        images: images with their labels.
-        class_names: in the order of the indices, as a sentence would have them.
-        files_sha256: changes with its files, by their names, sizes and dates.
+        name: what it is, for tables.
+        images: pairs of a PIL image of any mode and a label.
+        class_names: a label is an index into them; as a sentence would have them.
+        files_sha256: changes with the set's files, by their names, sizes and dates.
     """
 
     name: str
-    images: Images
+    images: Any
     class_names: tuple[str, ...]
     files_sha256: str
 
+    def __len__(self) -> int:
+        return len(self.images)
 
-def load_dataset(
-    name: str,
-    root: Path,
-    *,
-    download: bool = False,
-    corruption: str = ALL,
-    severity: int = 5,
-) -> LabelledImages:
-    """A test set by its name.
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """One image.
 
-    Args:
-        root: folder in torchvision's layout; for ``imagefolder`` one folder a class, named as the
-            class or by its WordNet id; for ``cifar10c`` the published ``.npy`` files.
-        download: let torchvision fetch what is missing.
-        corruption: of CIFAR-10-C, or ``"all"`` of its 15, one after the other.
-        severity: of CIFAR-10-C, 1..5.
-
-    Raises:
-        ValueError: if the data are not there or not in the expected layout.
-    """
-    if name == CIFAR10C:
-        chosen = tuple(PARAMETERS) if corruption == ALL else (corruption,)
-        parts = [CorruptedCIFAR10(root, part, severity) for part in chosen]
-        corrupted: Any = ConcatDataset(parts)
-        files = [root / "labels.npy", *(root / f"{part}.npy" for part in chosen)]
-        title = f"{name}-{corruption}-{severity}"
-        return LabelledImages(title, corrupted, CIFAR10_CLASSES, _identity(files, root))
-    folder, build = TORCHVISION[name]
-    try:
-        images = build(root, download)
-    except (RuntimeError, OSError) as error:
-        hint = "" if download or name == "imagefolder" else ", or --download"
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{root}: no {name} there ({reason}); see --data-root{hint}") from error
-    if name == "imagefolder":
-        files = [Path(path) for path, _ in images.samples]
-    else:
-        files = [path for path in (root / folder).rglob("*") if path.is_file()]
-    names = images.categories if name == "caltech101" else images.classes
-    class_names = EUROSAT_CLASSES if name == "eurosat" else tuple(map(readable, names))
-    return LabelledImages(name, images, class_names, _identity(files, root))
-
-
-def _identity(files: Iterable[Path], root: Path) -> str:
-    return dated_sha256({file.relative_to(root).as_posix(): file for file in files})
-
-
-def load_splits(root: Path, *, download: bool = False) -> tuple[LabelledImages, LabelledImages]:
-    """A training set and its test set: folders ``train`` and ``test``, or torchvision's CIFAR-10.
-
-    Args:
-        root: with ``train`` and ``test``, one folder a class in each; else CIFAR-10's folder.
-        download: let torchvision fetch CIFAR-10.
-
-    Raises:
-        ValueError: if the data are not there, or the two sets differ in their classes.
-    """
-    if not (root / "train").is_dir():
-        test = load_dataset("cifar10", root, download=download)
-        images = datasets.CIFAR10(root, train=True)
-        return LabelledImages("cifar10", images, test.class_names, test.files_sha256), test
-    train, test = (load_dataset("imagefolder", root / split) for split in ("train", "test"))
-    if train.class_names != test.class_names:
-        raise ValueError(f"{root}: train and test have different classes")
-    return train, test
-
-
-def spread(count: int, limit: int | None) -> list[int]:
-    """Indices of at most ``limit`` of ``count`` images, evenly spread: sets are sorted by class."""
-    chosen = min(count, limit or count)
-    return [index * count // chosen for index in range(chosen)]
-
-
-def readable(class_name: str) -> str:
-    """A class name as a sentence would have it: no underscores, no WordNet ids."""
-    info = _imagenet()
-    if class_name in info.label_names():
-        class_name = imagenet_names()[imagenet_index(class_name)]
-    return class_name.strip("/").replace("/", " ").replace("_", " ").lower()
-
-
-_imagenet = functools.cache(timm.data.ImageNetInfo)
+        Raises:
+            UnreadableImage: if it cannot be read.
+        """
+        try:
+            image, label = self.images[index]
+            return image.convert("RGB"), label
+        except UnreadableImage:
+            raise
+        except Exception as error:  # decoders raise many types
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UnreadableImage(f"{self.name}, image {index}", reason) from error
 
 
 class CorruptedCIFAR10(Dataset):
-    """One corruption of CIFAR-10-C at one severity: 10,000 rows of its ``.npy`` file."""
+    """One corruption of CIFAR-10-C at one severity: a fifth of the rows of its ``.npy`` file."""
 
     def __init__(self, root: Path, corruption: str, severity: int) -> None:
-        if not 1 <= severity <= 5:
-            raise ValueError(f"severity {severity} must be in 1..5")
         try:
             images = read_array(root / f"{corruption}.npy", mmap_mode="r")
             labels = read_array(root / "labels.npy")
@@ -221,3 +127,61 @@ class CorruptedCIFAR10(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.images[index]), int(self.labels[index])
+
+
+def load_dataset(
+    name: str, root: Path, *, download: bool = False, corruption: str = ALL, severity: int = 5
+) -> LabelledImages:
+    """A test set by its name, one of ``DATASETS``.
+
+    Args:
+        root: folder in torchvision's layout; for ``imagefolder`` one folder a class, named as the
+            class or by its WordNet id; for ``cifar10c`` the published ``.npy`` files.
+        download: let torchvision fetch what is missing.
+        corruption: of CIFAR-10-C, or ``"all"`` of its 15, one after the other.
+        severity: of CIFAR-10-C, 1..5.
+
+    Raises:
+        ValueError: if the data are not there or not in the expected layout.
+    """
+    if name == "cifar10c":
+        return _cifar10c(root, corruption, severity)
+    folder, load, split = TORCHVISION[name]
+    try:
+        images = load(root, download=download, **split)
+    except (RuntimeError, OSError, ValueError) as error:  # of torchvision's loaders
+        hint = "" if download or name == "imagefolder" else ", or --download"
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{root}: no {name} there ({reason}); see --data-root{hint}") from error
+    files: Iterable[Path] = (root / folder).rglob("*")
+    if name == "imagefolder":
+        files = [path for path, _ in images.samples]
+    names = images.categories if name == "caltech101" else images.classes
+    class_names = EUROSAT_CLASSES if name == "eurosat" else tuple(map(readable, names))
+    return LabelledImages(name, images, class_names, _identity(files, root))
+
+
+def _cifar10c(root: Path, corruption: str, severity: int) -> LabelledImages:
+    if not 1 <= severity <= 5:
+        raise ValueError(f"severity {severity} must be in 1..5")
+    chosen = CORRUPTIONS if corruption == ALL else (corruption,)
+    images: Any = ConcatDataset([CorruptedCIFAR10(root, part, severity) for part in chosen])
+    files = [root / "labels.npy", *(root / f"{part}.npy" for part in chosen)]
+    title = f"cifar10c-{corruption}-{severity}"
+    return LabelledImages(title, images, CIFAR10_CLASSES, _identity(files, root))
+
+
+def _identity(files: Iterable[Path], root: Path) -> str:
+    files = (file for file in files if not file.is_dir())
+    return dated_sha256({file.relative_to(root).as_posix(): file for file in files})
+
+
+def doubtful_names(class_names: Iterable[str]) -> list[str]:
+    """Names that say nothing to a teacher: numbers, single letters, unknown WordNet ids."""
+    return [name for name in class_names if re.fullmatch(r"\d+|[a-z]|n\d{8}", name)]
+
+
+def spread(count: int, limit: int | None) -> list[int]:
+    """Indices of at most ``limit`` of ``count`` images, evenly spread: sets are sorted by class."""
+    chosen = min(count, limit or count)
+    return [index * count // chosen for index in range(chosen)]

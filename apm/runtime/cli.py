@@ -1,31 +1,29 @@
-"""What the scripts share: flags, device and precision, seed, errors in one line, results.json."""
+"""What the scripts share: flags, exit status and one-line errors, stops, results.json."""
 
 import argparse
+import dataclasses
 import functools
 import io
-import json
 import os
 import platform
-import random
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 
-from apm.islands import METHODS
-from apm.runtime.files import atomic_path, release_outputs
+from apm.runtime.device import device_name, is_out_of_memory
+from apm.runtime.files import ROOT, release_outputs, write_json
 
-ROOT = Path(__file__).resolve().parents[2]
-BUNDLED_CHECKPOINT = ROOT / "checkpoints" / "apm_small.pth"
 OUTPUTS = ROOT / "outputs"
+Item = TypeVar("Item")
 
 
 def positive_int(text: str) -> int:
@@ -36,6 +34,11 @@ def positive_int(text: str) -> int:
     return value
 
 
+def positive_ints(text: str) -> tuple[int, ...]:
+    """An argparse type: whole numbers of at least 1, separated by commas."""
+    return tuple(positive_int(number) for number in text.split(","))
+
+
 def worker_count(text: str) -> int:
     """An argparse type: a number of processes, no more than there are cores."""
     value, cores = int(text), os.cpu_count() or 1
@@ -44,18 +47,10 @@ def worker_count(text: str) -> int:
     return min(value, cores)
 
 
-def share(text: str) -> float:
-    """An argparse type: a number in [0, 1]."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} must be between 0 and 1")
-    return value
-
-
 FLAGS: dict[str, dict[str, Any]] = {
     "--checkpoint": {
         "type": Path,
-        "default": BUNDLED_CHECKPOINT,
+        "default": ROOT / "checkpoints" / "apm_small.safetensors",
         "help": "this project's or a released checkpoint",
     },
     "--input": {"type": Path, "help": "image file, or folder searched for images"},
@@ -75,7 +70,6 @@ FLAGS: dict[str, dict[str, Any]] = {
         "help": "precision of matrix products",
     },
     "--seed": {"type": int, "default": 0, "help": "seed of all randomness"},
-    "--method": {"choices": METHODS, "default": "tsne", "help": "how islands are coloured"},
     "--chunk-size": {"type": positive_int, "help": "locations answered at a time (default: all)"},
     "--batch-size": {"type": positive_int, "default": 8, "help": "images at a time"},
     "--limit": {"type": positive_int, "help": "at most this many images (default: all)"},
@@ -108,12 +102,68 @@ def make_parser(description: str, *flags: str, **defaults: Any) -> argparse.Argu
     return parser
 
 
-class _Terminated(KeyboardInterrupt):
+def add_fields(parser: argparse.ArgumentParser, fields: type) -> None:
+    """A flag for each field of a dataclass: its default, and what argparse wants as metadata."""
+    for field in dataclasses.fields(fields):
+        default: Any = field.default
+        flag, kind = "--" + field.name.replace("_", "-"), {"type": type(default)}
+        if isinstance(default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(flag, default=default, **kind, **field.metadata)
+
+
+def take_fields(fields: type, args: argparse.Namespace) -> Any:
+    """The dataclass that ``add_fields``'s flags fill.
+
+    Raises:
+        ValueError: as its constructor does.
+    """
+    return fields(**{field.name: getattr(args, field.name) for field in dataclasses.fields(fields)})
+
+
+class Terminated(KeyboardInterrupt):
     """SIGTERM: from ``kill``, or from a cluster whose time is up."""
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    raise _Terminated
+    raise Terminated
+
+
+class Stop:
+    """In its block Ctrl-C and SIGTERM are only noted, for a loop to look at between its steps.
+
+    A second signal ends the program at once. Without a main thread there are no signals to note.
+
+    Attributes:
+        requested: whether a signal came.
+    """
+
+    def __init__(self) -> None:
+        self.requested: type[KeyboardInterrupt] | None = None
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._former[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._former:
+            number, handler = self._former.popitem()
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not set from Python
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.requested = Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        self.__exit__()
+
+    def between(self, items: Iterable[Item], save: Callable[[], None]) -> Iterator[Item]:
+        """The items; once a signal came, ``save`` and end as the signal would have ended."""
+        for item in items:
+            if self.requested:
+                save()
+                raise self.requested
+            yield item
 
 
 @contextmanager
@@ -149,7 +199,7 @@ def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
             # What is left in the buffer has no reader: Python shall not try again at its exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 141
-        except _Terminated:
+        except Terminated:
             return _say("terminated", 143)
         except KeyboardInterrupt:
             return _say("interrupted", 130)
@@ -172,44 +222,10 @@ def _reason(error: Exception) -> str | None:
     return line
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory of a device ran out; torch's CPU allocator has no exception of its own."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-
-
 def _say(line: str, status: int) -> int:
     if sys.stderr is not None:
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     return status
-
-
-def select_device(name: str) -> torch.device:
-    """``auto`` is CUDA, then MPS, then the CPU; float32 is float32 everywhere.
-
-    Raises:
-        ValueError: if the named device is not there.
-    """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next((device for device, there in available.items() if there), "cpu")
-    if not available.get(name, True):
-        raise ValueError(f"--device {name}: not available on this machine, use cpu or auto")
-    torch.backends.cudnn.allow_tf32 = False  # convolutions would have 10 bits of mantissa
-    return torch.device(name)
-
-
-def precision(device: torch.device, dtype: str) -> AbstractContextManager:
-    """The context in which matrix products run in ``dtype``."""
-    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch on every device."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 class Results:
@@ -228,25 +244,19 @@ class Results:
             },
         }
 
-    def save(self, output: Path, **numbers: Any) -> Path:
+    def save(self, output: Path, **numbers: Any) -> None:
         """Write everything said so far, plus ``numbers``, to ``output / "results.json"``."""
-        self.content |= numbers | {"seconds": round(time.perf_counter() - self.started, 3)}
-        path = output / "results.json"
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(self.content, indent=2, default=_plain) + "\n")
-        return path
-
-
-def device_name(device: torch.device) -> str:
-    """A device in words: the GPU's name, or the CPU and its thread count."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)"
+        self.content |= {name: _plain(value) for name, value in numbers.items()}
+        self.content |= {"seconds": round(time.perf_counter() - self.started, 3)}
+        write_json(output / "results.json", self.content)
 
 
 def _plain(value: Any) -> Any:
+    """What JSON can hold: arrays' numbers as Python's, paths and the like as text."""
+    if isinstance(value, dict):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
     if isinstance(value, np.generic):
         return value.item()
-    return (
-        value if isinstance(value, (int, float, str, bool, type(None), list, tuple)) else str(value)
-    )
+    return value if isinstance(value, (int, float, str, type(None))) else str(value)

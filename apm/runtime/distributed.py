@@ -1,7 +1,7 @@
 """Several processes that work as one under ``torchrun``, or one process without it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -18,6 +18,12 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes there are."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def shares(batch: Sequence[int], accumulate: int = 1) -> list[list[int]]:
+    """This process's parts of a batch: of n parts in all, part p takes every n-th from p on."""
+    count = world_size() * accumulate
+    return [list(batch[rank() * accumulate + part :: count]) for part in range(accumulate)]
 
 
 def claim_gpu(device: torch.device) -> None:
@@ -72,12 +78,12 @@ def _together() -> Iterator[None]:
         raise ConnectionError(f"another process ended ({reason})") from error
 
 
-def sum_over_processes(tensor: Tensor) -> Tensor:
-    """Add up a tensor in place; every process gets the sum."""
+def sum_over_processes(tensors: Iterable[Tensor]) -> None:
+    """Add up each tensor over all processes, in place; every process gets the sums."""
     if dist.is_initialized():
         with _together():
-            dist.all_reduce(tensor)
-    return tensor
+            for handle in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                handle.wait()
 
 
 @torch.no_grad()

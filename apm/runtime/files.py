@@ -1,31 +1,25 @@
-"""Files that are whole or absent, output folders of one run at a time, caches that can be written.
+"""Files that are whole or absent, output folders of one run at a time, settings kept with results.
 
-A file is written under a temporary name, then renamed; what a killed process left is swept away by
+A file is written under a temporary name, then renamed. What a killed process left is swept away by
 the next run into that folder.
 """
 
 import hashlib
 import json
-import logging
 import os
-import re
-import sys
+import reprlib
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+from filelock import FileLock, Timeout
 
-if sys.platform != "win32":
-    import fcntl
-
-logger = logging.getLogger(__name__)
-
+ROOT = Path(__file__).resolve().parents[2]  # of the repository
 LOCK = ".lock"
-_LEFTOVER = re.compile(r"\.(\d+)-[0-9a-f]{16}\.part(\..*)?", re.DOTALL)
-_locks: dict[Path, IO] = {}
+_locks: dict[Path, FileLock] = {}
 
 
 @contextmanager
@@ -43,7 +37,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]  # never too long a name
-    temporary = path.with_name(f".{os.getpid()}-{digest}.part{path.suffix}")
+    temporary = path.with_name(f".{digest}.part{path.suffix}")
     try:
         yield temporary
         temporary.replace(path)
@@ -56,10 +50,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def prepare_output(folder: str | Path) -> Path:
-    """Create an output folder and claim it, before any long work, for this process alone.
+    """Create an output folder and lock it, before any long work, for this process alone.
 
-    The claim is a lock that the system drops with the process, however that ends, so there is none
-    to clear away. Half-written files of killed processes are removed.
+    Half-written files of killed processes are removed.
 
     Raises:
         ValueError: if the folder cannot be written to, or another process writes there.
@@ -67,55 +60,56 @@ def prepare_output(folder: str | Path) -> Path:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        _claim(folder.resolve())
-    except BlockingIOError as error:
+        lock = _locks.setdefault(folder.resolve(), FileLock(folder / LOCK, thread_local=False))
+        lock.acquire(timeout=0)
+    except Timeout as error:
         raise ValueError(
             f"{folder}: another run writes there now; wait for it or choose another --output"
         ) from error
     except OSError as error:
         raise ValueError(f"{folder}: cannot write output there ({error.strerror})") from error
-    _sweep(folder)
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not Path(parent, name, LOCK).exists()]
+        for name in names:
+            if name.startswith(".") and Path(name).stem.endswith(".part"):
+                Path(parent, name).unlink(missing_ok=True)
     return folder
 
 
 def release_outputs() -> None:
-    """Give up the folders that ``prepare_output`` claimed."""
+    """Give up the folders that ``prepare_output`` locked."""
     while _locks:
-        _locks.popitem()[1].close()
+        _locks.popitem()[1].release(force=True)
 
 
-def _claim(folder: Path) -> None:
-    if sys.platform == "win32" or folder in _locks:
+def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write down what long work is made with; refuse to go on with anything else.
+
+    Args:
+        path: a JSON file in the folder of the work; written if it is not there.
+        settings: plain values by name.
+
+    Raises:
+        ValueError: naming the first setting that differs, or if the file is damaged.
+    """
+    wanted = json.loads(json.dumps(settings))
+    if not path.is_file():
+        write_json(path, wanted)
         return
-    file = (folder / LOCK).open("a")
-    try:
-        # Not flock: that lock would live on in worker processes of a killed parent.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:  # POSIX allows either
-        file.close()
-        raise BlockingIOError(error.errno, error.strerror) from error
-    except OSError as error:
-        logger.warning("%s: no locks on this file system (%s)", folder, error.strerror)
-    _locks[folder] = file
+    present = read_json(path)
+    for name in sorted(present.keys() | wanted.keys()):
+        former, now = present.get(name), wanted.get(name)
+        if former != now:
+            raise ValueError(
+                f"{path.parent}: made with {name} {reprlib.repr(former)}, not "
+                f"{reprlib.repr(now)}; choose another --output"
+            )
 
 
-def _sweep(folder: Path) -> None:
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            if (match := _LEFTOVER.fullmatch(name)) and not _alive(int(match[1])):
-                Path(parent, name).unlink(missing_ok=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except PermissionError:
-        return True
-    except (ProcessLookupError, OverflowError):
-        return False
-    return True
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write plain values as JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -137,26 +131,19 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def read_array(path: str | Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
     """The array in an ``.npy`` file; nothing in it is unpickled.
 
-    Args:
-        path: the file.
-        mmap_mode: ``"r"`` maps the file instead of reading it.
-
     Raises:
         ValueError: if there is none.
     """
     try:
         return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-    except Exception as error:  # numpy's parser raises whatever a stranger's header provokes
+    except Exception as error:  # numpy's parser raises many types on a damaged header
         raise ValueError(f"{path}: cannot be read as an array ({str(error)[:200]})") from error
 
 
 def file_sha256(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with Path(path).open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def listing_sha256(files: Mapping[str, object]) -> str:
@@ -166,47 +153,26 @@ def listing_sha256(files: Mapping[str, object]) -> str:
 
 
 def dated_sha256(files: Mapping[str, Path]) -> str:
-    """``listing_sha256`` by size and date, which are zero for a dead link."""
-    found: dict[str, tuple[int, int]] = {}
-    for name, path in files.items():
-        stat = path.stat() if path.exists() else None
-        found[name] = (stat.st_size, stat.st_mtime_ns) if stat else (0, 0)
-    return listing_sha256(found)
+    """``listing_sha256`` by size and date, which are zero for a broken link."""
+    stats = {name: path.stat() if path.exists() else None for name, path in files.items()}
+    return listing_sha256(
+        {name: (stat.st_size, stat.st_mtime_ns) if stat else (0, 0) for name, stat in stats.items()}
+    )
 
 
 def cache_home() -> Path:
-    """``$XDG_CACHE_HOME`` or ``~/.cache``; where neither can be written, a folder of one's own.
-
-    The folder of one's own lies under the system's temporary folder, readable to its owner alone.
-    """
-    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111
-    if home.is_absolute() and _writable(home):
-        return home
-    own = Path(tempfile.gettempdir(), f"apm-cache-{os.geteuid()}")
-    own.mkdir(mode=0o700, exist_ok=True)
-    status = own.lstat()
-    if status.st_uid != os.geteuid() or status.st_mode != 0o40700:  # a trap of somebody else's
-        own = Path(tempfile.mkdtemp(prefix="apm-cache-"))
-    return own
+    """Where downloads are kept: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111
 
 
 def use_writable_caches() -> None:
-    """Point the caches of matplotlib, torch and the model hubs to ``cache_home``.
-
-    Without effect where the usual places can be written to.
-    """
-    try:
-        home = cache_home()
-    except OSError:  # no temporary folder either: who needs a cache will say so
-        return
-    if home.name.startswith("apm-cache-"):
-        os.environ["XDG_CACHE_HOME"] = str(home)
-        os.environ.setdefault("MPLCONFIGDIR", str(home / "matplotlib"))
-
-
-def _writable(folder: Path) -> bool:
-    """Whether a folder can be written to, or made where it is missing."""
-    while not os.path.exists(folder):  # noqa: PTH110  (Path.exists may raise)
-        folder = folder.parent
+    """Where the user's cache cannot be written, keep downloads in the system's temporary folder."""
+    home = nearest = cache_home()
+    while not os.path.exists(nearest):  # noqa: PTH110  (Path.exists may raise)
+        nearest = nearest.parent
     effective = os.access in os.supports_effective_ids
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK, effective_ids=effective)
+    if home.is_absolute() and os.access(nearest, os.W_OK | os.X_OK, effective_ids=effective):
+        return
+    own = Path(tempfile.gettempdir(), f"apm-cache-{os.geteuid()}")
+    os.environ["XDG_CACHE_HOME"] = str(own)
+    os.environ.setdefault("MPLCONFIGDIR", str(own / "matplotlib"))

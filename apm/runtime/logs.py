@@ -1,61 +1,90 @@
-"""A row of numbers a step: as CSV, and for TensorBoard where that is asked for."""
+"""Tables that grow by a row a step or an image, and survive whatever ends the process."""
 
 import csv
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from apm.runtime.files import atomic_path
 
 
-class StepLog:
-    """Writes ``steps.csv``, and on request ``tensorboard/``, into a folder.
+class RowLog:
+    """A CSV table of numbers that only grows: a row is on the disk before other work begins.
 
-    A run that goes on from an earlier step first drops the rows that came after it.
+    A process that goes on finds the rows of a killed one; a half-written last row is dropped.
 
     Args:
-        folder: of the run.
-        step: the step that the run goes on from.
-        tensorboard: whether TensorBoard gets the rows too.
+        path: the CSV file.
+        columns: their names. The first is a whole number, different in each row.
+        until: rows whose first number is greater are dropped: they came after the state that the
+            process goes on from. Default: none.
+
+    Attributes:
+        rows: what is in the table.
 
     Raises:
-        ValueError: if TensorBoard is asked for and not installed.
+        ValueError: if the file is no such table.
     """
 
-    def __init__(self, folder: Path, step: int = 0, tensorboard: bool = False) -> None:
-        self.path = folder / "steps.csv"
-        rows = self.path.read_text().splitlines() if step and self.path.is_file() else []
-        with atomic_path(self.path) as temporary:
-            kept = [row for row in rows[1:] if _step_of(row) <= step]
-            temporary.write_text("".join(f"{row}\n" for row in [*rows[:1], *kept]))
-        self.has_header = bool(rows)
-        self.board = _summary_writer(folder / "tensorboard", step) if tensorboard else None
+    def __init__(self, path: Path, columns: Sequence[str], until: float = float("inf")) -> None:
+        self.path, self.columns = path, list(columns)
+        self.rows = [row for row in self._read() if row[self.columns[0]] <= until]
+        with atomic_path(path) as temporary:
+            temporary.write_text(
+                ",".join(self.columns) + "\n" + "".join(map(self._line, self.rows))
+            )
 
-    def add(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Log the numbers of one step; the names must be those of the first."""
+    def _read(self) -> list[dict[str, float]]:
+        if not self.path.exists():
+            return []
+        header, *lines = self.path.read_bytes().decode(errors="replace").split("\n")
+        if header.split(",") != self.columns:
+            raise ValueError(f"{self.path}: not a table of this run; choose another --output")
+        rows: dict[float, dict[str, float]] = {}
+        for number, line in enumerate(lines[:-1], start=2):  # the last one has no end: cut off
+            try:
+                row = dict(zip(self.columns, map(float, line.split(",")), strict=True))
+                index = row[self.columns[0]]
+                if not index.is_integer() or index in rows:
+                    raise ValueError(f"{index:g} is no whole number, or there already")
+                rows[index] = row
+            except ValueError as error:
+                raise ValueError(f"{self.path}, line {number}: damaged ({error})") from error
+        return list(rows.values())
+
+    def _line(self, row: Mapping[str, float]) -> str:
+        return ",".join(f"{row[column]:.9g}" for column in self.columns) + "\n"
+
+    @property
+    def done(self) -> set[int]:
+        """The first numbers of all rows."""
+        return {int(row[self.columns[0]]) for row in self.rows}
+
+    def append(self, rows: Iterable[Mapping[str, float]]) -> None:
+        """Add rows and see them onto the disk."""
+        added = [dict(row) for row in rows]
         with self.path.open("a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if not self.has_header:
-                writer.writerow(["step", *numbers])
-                self.has_header = True
-            writer.writerow([step, *(f"{number:.7g}" for number in numbers.values())])
-        if self.board:
-            for name, number in numbers.items():
-                self.board.add_scalar(name, number, step)
-
-    def close(self) -> None:
-        """Finish the files."""
-        if self.board:
-            self.board.close()
+            file.writelines(map(self._line, added))
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows.extend(added)
 
 
-def _step_of(row: str) -> float:
-    """The step of a line; of a line that was cut off, infinity."""
-    step, comma, _ = row.partition(",")
-    return int(step) if comma and step.isdigit() else float("inf")
+def write_table(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """Write rows with like columns as CSV, atomically."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
 
 
-def _summary_writer(folder: Path, step: int) -> Any:
+def summary_writer(folder: Path, step: int) -> Any:
+    """TensorBoard's writer for a run that goes on after ``step``.
+
+    Raises:
+        ValueError: if the package is not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

@@ -7,50 +7,77 @@ command again after an interruption: a row that was trained is only scored again
 the rows of former calls.
 """
 
+import re
 import sys
 from argparse import Namespace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from thumbnail import start_as_thumbnail
 from torch import Tensor, nn
 
-from apm import APM
-from apm.data.features import file_sizes, open_store
-from apm.data.images import image_names, load_images
+from apm import APM, APMConfig
+from apm.config import TrainConfig
+from apm.data.features import open_store
+from apm.data.images import Skipped, file_sizes, image_names, load_images
 from apm.predictor import perceive
-from apm.runtime.cli import OUTPUTS, Results, command, make_parser, seed_everything, select_device
-from apm.runtime.files import file_sha256, listing_sha256, prepare_output, read_json
+from apm.runtime.cli import OUTPUTS, Results, command, make_parser, take_fields
+from apm.runtime.device import seed_everything, select_device
+from apm.runtime.files import (
+    file_sha256,
+    keep_settings,
+    listing_sha256,
+    prepare_output,
+    read_json,
+)
 from apm.scores import island_scores, mask_labels, mean_scores, pair_with_masks
 from apm.teachers import DenseTeacher, load_dense_teacher
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where train.py is
 import train
+from training_run import load_inputs
 
 VALIDATION_IMAGES = 64
 BASE = (
     "--epochs 3 --batch-size 16 --locations 256 --null-share 0.25 --learning-rate 1.2e-3 "
-    "--warmup 50 --weight-decay 0.05 --schedule cosine --rgb-weight 10 --augment "
+    "--warmup 50 --weight-decay 0.05 --schedule cosine --rgb-weight 10 --fold-rate 0.1 --augment "
     f"--dtype bfloat16 --feature-loss relational --validation-images {VALIDATION_IMAGES}"
 )
-BLOCK = "4"
+SHAPE = APMConfig.small()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One change.
+
+    Attributes:
+        flags: of train.py, that differ from ``BASE``.
+        shape: what differs from ``SHAPE``.
+        block: the teacher's block that is learnt.
+    """
+
+    flags: str = ""
+    shape: dict[str, Any] = field(default_factory=dict)
+    block: str = "4"
+
+
 CLS_ROW = "column from the teacher's CLS token"
-# Row: the teacher's block, and flags that differ from BASE.
-ROWS: dict[str, tuple[str, str]] = {
-    "base": (BLOCK, ""),
-    "no local patch": (BLOCK, "--local-width 0"),
-    "local patch of 14 px": (BLOCK, "--local-blocks 0,0"),
-    "local patch of 98 px": (BLOCK, "--local-blocks 2,2"),
-    CLS_ROW: (BLOCK, ""),
-    "loss: mse": (BLOCK, "--feature-loss mse"),
-    "loss: standardised": (BLOCK, "--feature-loss standardised"),
-    "a quarter of the images, as many steps": (BLOCK, "--limit {quarter} --epochs 12"),
-    "teacher block 8": ("8", ""),
-    "teacher block 11, the last": ("11", ""),
-    "trunk 384-256-256": (BLOCK, "--trunk-widths 384,256,256"),
-    "trunk 1536-1024-1024": (BLOCK, "--trunk-widths 1536,1024,1024"),
+ROWS = {
+    "base": Row(),
+    "no local patch": Row(shape={"local_width": 0}),
+    "local patch of 14 px": Row(shape={"local_blocks": (0, 0)}),
+    "local patch of 98 px": Row(shape={"local_blocks": (2, 2)}),
+    CLS_ROW: Row("--fold-rate 1"),
+    "loss: mse": Row("--feature-loss mse"),
+    "loss: standardised": Row("--feature-loss standardised"),
+    "a quarter of the images, as many steps": Row("--limit {quarter} --epochs 12"),
+    "teacher block 8": Row(block="8"),
+    "teacher block 11, the last": Row(block="11"),
+    "trunk 384-256-256": Row(shape={"trunk_widths": (384, 256, 256)}),
+    "trunk 1536-1024-1024": Row(shape={"trunk_widths": (1536, 1024, 1024)}),
 }
 
 
@@ -65,7 +92,7 @@ class TokenFold(nn.Module):
 
     def __init__(self, teacher: DenseTeacher, model: APM) -> None:
         super().__init__()
-        self.teacher = [teacher]  # in a list: no part of what is trained or saved
+        self.teacher = [teacher]  # in a list: neither trained nor saved
         self.linear = nn.Linear(teacher.feature_dim, model.config.column_dim)
         mean, std = model.preprocessing.statistics()
         self.register_buffer("mean", mean.view(3, 1, 1), persistent=False)
@@ -101,22 +128,31 @@ def parse(argv: list[str] | None) -> Namespace:
 
 def train_row(name: str, args: Namespace, device: torch.device) -> APM:
     """The model of one row."""
-    block, changes = ROWS[name]
-    store = args.stores / block
+    row = ROWS[name]
+    store = args.stores / row.block
     images = len(image_names(args.input).keys() & open_store(store).sizes.keys())
     quarter = (images - VALIDATION_IMAGES) // 4 + VALIDATION_IMAGES
-    folder = "".join(letter if letter.isalnum() else "_" for letter in name)
-    flags = [*BASE.split(), *changes.format(quarter=quarter).split(), "--resume"]
-    flags += ["--device", str(device), "--workers", str(args.workers), "--input", str(args.input)]
-    flags += ["--features", str(store), "--output", str(args.output / folder)]
-    make_fold = None
-    if name == CLS_ROW:
+    flags = [*BASE.split(), *row.flags.format(quarter=quarter).split(), "--resume"]
+    flags += ["--workers", str(args.workers), "--input", str(args.input), "--features", str(store)]
+    flags += ["--output", str(args.output / re.sub(r"\W", "_", name))]
+
+    def new_model(_: Namespace, source: dict[str, Any]) -> APM:
+        model = APM(replace(SHAPE, feature_dim=source["feature_dim"], **row.shape))
+        if name != CLS_ROW:
+            start_as_thumbnail(model)
+            return model
         teacher = load_dense_teacher(args.teacher, args.teacher_weights, grid_size=14).to(device)
-        make_fold = partial(TokenFold, teacher)
-    seed_everything(0)
-    run = train.build(train.parse(flags), device, make_fold)
-    run.train()
-    return run.trainer.model.eval()
+        model.fold = TokenFold(teacher, model)
+        last: Any = model.rgb_head[-1]
+        nn.init.constant_(last.bias, 0.5)  # grey: its ReLU would never learn from zero
+        return model
+
+    run = train.parse(flags)
+    config = take_fields(TrainConfig, run)
+    seed_everything(config.seed)
+    inputs = load_inputs(run, config, device, new_model)
+    train.train(inputs, run, config)
+    return inputs.model.eval()
 
 
 def score(model: APM, pairs: dict[str, tuple[Path, Path]]) -> dict[str, float]:
@@ -126,23 +162,13 @@ def score(model: APM, pairs: dict[str, tuple[Path, Path]]) -> dict[str, float]:
         ValueError: if there is none.
     """
     scored = []
-    for name, image in load_images({name: path for name, (path, _) in pairs.items()}, {}):
-        features, labels = perceive(model, image).features, mask_labels(pairs[name][1], model)
-        if (values := island_scores(features.reshape(len(labels), -1), labels)) is not None:
+    for name, image in load_images({name: path for name, (path, _) in pairs.items()}, Skipped()):
+        mask = mask_labels(pairs[name][1], model.preprocessing, model.config.patch_size)
+        if (values := island_scores(perceive(model, image).features, mask)) is not None:
             scored.append({"student": values})
     if not scored:
         raise ValueError("--masks: no mask has two classes with 10 locations each")
     return mean_scores(scored)["student"]
-
-
-def in_common(args: Namespace, pairs: dict[str, tuple[Path, Path]]) -> dict[str, Any]:
-    """What all rows of a table have in common besides their stores, as plain values."""
-    files = {str(path): path for pair in pairs.values() for path in pair}
-    return {
-        "scored_sha256": listing_sha256(file_sizes(files)),
-        "teacher": args.teacher,
-        "weights_sha256": args.teacher_weights and file_sha256(args.teacher_weights),
-    }
 
 
 @command
@@ -150,18 +176,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = select_device(args.device)
     pairs = pair_with_masks(args.scored, args.masks)
-    for block in sorted({ROWS[name][0] for name in args.rows}):
+    for block in sorted({ROWS[name].block for name in args.rows}):
         open_store(args.stores / block)  # all of them, before hours of training
-    common = in_common(args, pairs)
     output = prepare_output(args.output)
-    results = Results(args, device)
-    rows: dict[str, Any] = {}
-    if (output / "results.json").exists():
-        former = read_json(output / "results.json")
-        if former.get("common") != common:
-            raise ValueError(f"{output}: rows of other images or teachers; choose another --output")
-        rows = former.get("rows", {})
-    results.save(output, common=common, rows=rows)
+    scored = file_sizes({str(path): path for pair in pairs.values() for path in pair})
+    settings = {
+        "scored_sha256": listing_sha256(scored),
+        "teacher": args.teacher,
+        "weights_sha256": args.teacher_weights and file_sha256(args.teacher_weights),
+    }
+    keep_settings(output / "settings.json", settings)
+    path, results = output / "results.json", Results(args, device)
+    rows = read_json(path)["rows"] if path.exists() else {}
     for name in args.rows:
         rows[name] = score(train_row(name, args, device), pairs)
         results.save(output, rows=rows)

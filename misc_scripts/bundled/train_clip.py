@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from apm.data.prompts import SINGLE, load_templates
+from apm.run import STATE, load_state, refuse_a_second_run
 from timm.models.vision_transformer import VisionTransformer
 from tiny_clip import ClipTrainer, new_clip, normalise, separate_classes, start_from_vit
 from torch import Tensor
 from tqdm import tqdm
 
 from apm.checkpoint import save_tensors
-from apm.data.prompts import SINGLE, load_templates
 from apm.data.test_sets import LabelledImages, load_splits, spread
-from apm.run import STATE, load_state, refuse_a_second_run
 from apm.runtime.cli import (
     OUTPUTS,
     ROOT,
@@ -33,7 +33,8 @@ from apm.runtime.cli import (
     select_device,
 )
 from apm.runtime.files import file_sha256, prepare_output
-from apm.teachers import TokenTeacher, load_dense_teacher, load_token_teacher
+from apm.teachers import load_dense_teacher
+from apm.token_teachers import TokenTeacher, load_token_teacher
 
 SIZE, PATCH = 32, 4  # px
 

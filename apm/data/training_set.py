@@ -1,0 +1,157 @@
+"""Pairs of an image and its teacher's features, for training and validation."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from apm.data.features import FeatureStore, NpyStore
+from apm.data.images import file_sizes, load_image
+from apm.preprocessing import Preprocessing, to_pixels
+from apm.runtime.device import generator_at
+
+
+class TrainingSet(Dataset):
+    """Images with their teacher features, cropped and flipped alike.
+
+    An item is the image ``(3, H, W)`` uint8 RGB and its features ``(N, F)`` float16, row by row;
+    without a store the features are empty, for the teacher to make from the image. With
+    ``augment``, half of the pictures are cropped to a random square of at least half the side and
+    resized to the full size, and half are flipped; the features are sampled at the crop's
+    locations. The crop is a function of seed, ``epoch`` and index.
+
+    Raises:
+        UnreadableImage: from ``[...]``, if the image cannot be read.
+    """
+
+    def __init__(
+        self,
+        images: Mapping[str, Path],
+        preprocessing: Preprocessing,
+        store: FeatureStore | NpyStore | None = None,
+        augment: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.names, self.paths = list(images), list(images.values())
+        self.preprocessing, self.store = preprocessing, store
+        self.augment, self.seed, self.epoch = augment, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        picture = self.preprocessing.picture(load_image(self.paths[index]))
+        features = self.store.read(self.names[index]) if self.store else torch.empty(0)
+        if not self.augment:
+            return to_pixels(picture), features.half()
+        random = np.random.default_rng((self.seed % 2**32, self.epoch, index))
+        side = min(random.uniform(0.5, 1.5), 1)  # of the crop, as a share of the picture's
+        left, top = random.uniform(0, 1 - side, size=2)
+        flip = random.random() < 0.5
+        box = picture.width * np.array([left, top, left + side, top + side])
+        image = to_pixels(picture.resize(picture.size, Image.Resampling.BILINEAR, box=tuple(box)))
+        if self.store:
+            features = crop_features(features, left, top, side, flip)
+        return image.flip(-1) if flip else image, features.half()
+
+
+def crop_features(
+    features: Tensor, left: float, top: float, side: float, flip: bool = False
+) -> Tensor:
+    """Features of a square crop, from those of the whole picture by bilinear sampling.
+
+    Args:
+        features: ``(N, F)`` on a square grid, row by row.
+        left, top, side: the crop, as shares of the picture's side.
+        flip: whether the crop is mirrored, left to right.
+
+    Returns:
+        ``(N, F)``: the crop's own grid.
+    """
+    grid_size = round(len(features) ** 0.5)
+    theta = torch.tensor(
+        [
+            [-side if flip else side, 0, 2 * left + side - 1],
+            [0, side, 2 * top + side - 1],
+        ],
+        dtype=torch.float32,
+    )
+    grid = F.affine_grid(theta[None], [1, 1, grid_size, grid_size], align_corners=False)
+    maps = features.T.reshape(1, -1, grid_size, grid_size)
+    cropped = F.grid_sample(maps, grid, padding_mode="border", align_corners=False)
+    return cropped[0].flatten(1).T
+
+
+def training_sets(
+    images: Mapping[str, Path],
+    preprocessing: Preprocessing,
+    store: FeatureStore | NpyStore | None,
+    *,
+    held_out: int,
+    limit: int | None,
+    augment: bool,
+    seed: int,
+) -> tuple[TrainingSet, TrainingSet]:
+    """Images for training and for validation, drawn by the seed from those that have features.
+
+    Args:
+        images: by name.
+        preprocessing: of the pictures.
+        store: of features; None where the teacher makes them.
+        held_out: how many are for validation.
+        limit: how many are taken in all; None for all.
+        augment: whether the training images are cropped and flipped.
+
+    Raises:
+        ValueError: if there are too few, or an image is not the one that a feature was made of.
+    """
+    if store:
+        images = {name: path for name, path in images.items() if name in store.sizes}
+        for name, size in file_sizes(images).items():
+            if store.sizes[name] not in (None, size):
+                raise ValueError(
+                    f"{images[name]}: {size} bytes, but --features were made of an image of "
+                    f"{store.sizes[name]}; extract again, or name the same --input"
+                )
+    names = sorted(images)
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    names = [names[index] for index in order[:limit]]
+    if len(names) <= held_out:
+        raise ValueError(
+            f"{len(names)} images to learn from, expected more than the {held_out} of "
+            "--validation-images"
+        )
+    training = {name: images[name] for name in names[held_out:]}
+    validation = {name: images[name] for name in names[:held_out]}
+    return (
+        TrainingSet(training, preprocessing, store, augment, seed),
+        TrainingSet(validation, preprocessing, store),
+    )
+
+
+def epoch_batches(images: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The whole batches of an epoch, in an order that seed and epoch decide."""
+    order = torch.randperm(images, generator=generator_at(seed, epoch)).tolist()
+    return [order[i : i + batch_size] for i in range(0, images - batch_size + 1, batch_size)]
+
+
+def feature_statistics(
+    dataset: TrainingSet, teacher: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation ``(F,)`` of the features of some images.
+
+    Args:
+        dataset: images and features.
+        teacher: makes the features of ``(1, 3, H, W)`` in [0, 1] where the data set has none.
+    """
+    sample = []
+    for index in range(min(64, len(dataset))):
+        pixels, features = dataset[index]
+        sample.append(teacher(pixels[None] / 255)[0].cpu() if teacher else features)
+    features = torch.cat(sample).float()
+    return features.mean(dim=0), features.std(dim=0)

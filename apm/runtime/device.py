@@ -1,0 +1,65 @@
+"""Where and how precisely to compute, how much it costs, and where randomness comes from."""
+
+import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def select_device(name: str) -> torch.device:
+    """``auto`` is CUDA, then MPS, then the CPU; float32 is float32 everywhere.
+
+    Raises:
+        ValueError: if the named device is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next((device for device, there in available.items() if there), "cpu")
+    if not available.get(name, True):
+        raise ValueError(f"--device {name}: not available on this machine, use cpu or auto")
+    torch.backends.cudnn.allow_tf32 = False  # convolutions would have 10 bits of mantissa
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """A device in words: the GPU's name, or the CPU and its thread count."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+def precision(device: torch.device, dtype: str) -> AbstractContextManager:
+    """The context in which matrix products run in ``dtype``, ``"float32"`` or ``"bfloat16"``."""
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of a device ran out; torch's CPU allocator has no exception of its own."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def generator_at(seed: int, index: int) -> torch.Generator:
+    """Randomness that is a function of the seed and of a step's or an epoch's index."""
+    return torch.Generator().manual_seed(seed + 1_000_003 * index)
+
+
+def multiply_adds(work: Callable[[], object]) -> int:
+    """Multiply-adds of matrix products and convolutions, backward passes included.
+
+    torch's counter counts each as two operations.
+    """
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops() // 2

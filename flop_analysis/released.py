@@ -1,0 +1,95 @@
+"""The released code's arithmetic, on this project's models without local patches, to compare with.
+
+It joins a whole query for each location, answers chunk by chunk, and pools through keys and values
+of every location. The numbers are ours to float rounding.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Adam
+
+from apm import APM
+from apm.layers import QueryLinear
+from apm.positional_encoding import sincos_2d
+
+LOCATIONS = 1024  # of the paper's models
+COPIES = 8  # of the one image in a step of test-time training
+TTA_CHUNK = 16
+
+
+def joined(layer: QueryLinear) -> Callable[..., Tensor]:
+    """A first layer as one matrix, joined once, on the concatenated query."""
+    blocks = (layer.feature, layer.column, layer.position)
+    weight = torch.cat([block.weight for block in blocks if block is not None], dim=1)
+    return lambda *parts: F.linear(torch.cat(parts, dim=-1), weight, layer.column.bias)
+
+
+def chunks(
+    model: APM, column: Tensor, chunk_size: int, locations: int = LOCATIONS
+) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+    """Queries ``(B, n, D)``, ``(B, n, P)`` and features ``(B, n, F)`` of n locations at a time."""
+    encoding = sincos_2d(model.grid_positions()[:locations], model.config.position_dim)
+    first = joined(model.trunk_first)
+    for positions in encoding.split(chunk_size):
+        query = (
+            column[:, None].expand(-1, len(positions), -1),
+            positions.expand(len(column), -1, -1),
+        )
+        x = first(*query).relu()
+        for layer in model.trunk:
+            x = layer(x).relu()
+        yield query, model.feature_head(x)
+
+
+def features(
+    model: APM, column: Tensor, chunk_size: int = LOCATIONS, locations: int = LOCATIONS
+) -> Tensor:
+    """Features of the first locations, ``(B, N, F)``."""
+    parts = chunks(model, column, chunk_size, locations)
+    return torch.cat([answers for _, answers in parts], dim=1)
+
+
+def dense(model: APM, images: Tensor, chunk_size: int = LOCATIONS) -> tuple[Tensor, Tensor]:
+    """Inference: features ``(B, N, F)`` and colours ``(B, N, 3)`` of the whole grid."""
+    answers, colours, rgb_first = [], [], joined(model.rgb_first)
+    for query, answer in chunks(model, model.encode(images), chunk_size):
+        rgb = rgb_first(answer, *query).relu()
+        for layer in model.rgb_head:
+            rgb = layer(rgb).relu()
+        answers.append(answer)
+        colours.append(rgb)
+    return torch.cat(answers, dim=1), torch.cat(colours, dim=1)
+
+
+def pool(model: APM, answers: Tensor) -> Tensor:
+    """Attention pooling of the whole grid: ``(B, N, F)`` -> ``(B, F)``."""
+    pooling: Any = model.pooling
+    tokens = answers + sincos_2d(model.grid_positions(), answers.shape[-1])
+    query = pooling.query.expand(len(tokens), 1, -1)
+    return pooling.attention(query, tokens, tokens)[0][:, 0]
+
+
+def tta_step(model: APM, image: Tensor, target: Tensor, optimizer: Adam) -> None:
+    """A step of test-time training on one image ``(1, 3, H, H)`` and its target ``(1, F)``."""
+    column = model.encode(image.expand(COPIES, -1, -1, -1))
+    pooled = pool(model, features(model, column, TTA_CHUNK))
+    _step(optimizer, F.mse_loss(pooled, target.expand(COPIES, -1)))
+
+
+def training_step(
+    model: APM, images: Tensor, targets: Tensor, colours: Tensor, optimizer: Adam
+) -> float:
+    """A step of training on COCO; the loss before it."""
+    answers, rgb = dense(model, images)
+    return _step(optimizer, F.mse_loss(answers, targets) + F.mse_loss(rgb, colours))
+
+
+def _step(optimizer: Adam, loss: Tensor) -> float:
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()

@@ -1,0 +1,85 @@
+"""The models of Table 4 at work, for measuring memory and time; built on the default device."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from baselines import TPT, clip_inputs, clip_model, swin_model
+from torch import Tensor, nn
+from torch.optim import Adam, AdamW, Optimizer
+
+from apm import APM, APMConfig
+from apm.tta import TestTimeTrainer
+
+CLASSES = 10  # that TPT tells apart; its text tower's activations grow with them
+
+
+class Workload(NamedTuple):
+    """What holds memory for good, and the work that is measured."""
+
+    model: nn.Module
+    run: Callable[[], object]
+    optimizer: Optimizer | None = None
+
+
+def forward(model: nn.Module, *inputs: Tensor) -> Workload:
+    """A forward pass alone."""
+    return Workload(model, torch.inference_mode()(partial(model, *inputs)))
+
+
+def swin_forward() -> Workload:
+    """Swin-B, one image."""
+    return forward(swin_model(), clip_inputs()[0])
+
+
+def clip_forward() -> Workload:
+    """CLIP ViT-B/16, one image and one prompt."""
+    return forward(clip_model("ViT-B/16"), *clip_inputs())
+
+
+def tpt_step() -> Workload:
+    """One step of test-time prompt tuning."""
+    model, inputs = TPT(clip_model("ViT-B/16")), clip_inputs(TPT.VIEWS, CLASSES)
+    optimizer = AdamW([model.context], lr=5e-3)
+    return Workload(model, partial(model.step, optimizer, *inputs), optimizer)
+
+
+def student_forward(chunk_size: int) -> Workload:
+    """Features and colours of the whole grid, ``chunk_size`` locations at a time."""
+    model, images = APM(APMConfig.tta()), torch.rand(1, 3, 448, 448)
+    run = torch.inference_mode()(lambda: model.query(model.encode(images), chunk_size=chunk_size))
+    return Workload(model, run)
+
+
+def student_step(chunk_size: int) -> Workload:
+    """A step through features of the whole grid, ``chunk_size`` locations at a time."""
+    model, images = APM(APMConfig.tta()), torch.rand(1, 3, 448, 448)
+    optimizer = Adam(model.parameters(), lr=1e-4, fused=True)
+    target = torch.randn(1, model.config.feature_dim)
+
+    def run() -> None:
+        features = model.query(model.encode(images), chunk_size=chunk_size)[0]
+        optimizer.zero_grad()
+        F.mse_loss(model.pool(features), target).backward()
+        optimizer.step()
+
+    run()  # Adam's state exists from its first step on
+    return Workload(model, run, optimizer)
+
+
+def trainer_step(dtype: str = "float32") -> Workload:
+    """A step of ``TestTimeTrainer``, which needs the pooled vector alone."""
+    trainer = TestTimeTrainer(dtype=dtype, device=torch.get_default_device())
+    images, target = torch.rand(1, 3, 448, 448), torch.randn(1, trainer.model.config.feature_dim)
+    run = partial(trainer.step, images, target)
+    run()  # Adam's state exists from its first step on
+    return Workload(trainer.model, run, trainer.optimizer)
+
+
+def teacher_and_trainer_step() -> Workload:
+    """Both models in memory: the teacher's forward pass, then a student's step."""
+    teacher, student = clip_forward(), trainer_step()
+    models = nn.ModuleList([teacher.model, student.model])
+    return Workload(models, lambda: (teacher.run(), student.run()), student.optimizer)

@@ -1,0 +1,391 @@
+"""Islands of photographs and interpolation from end to end, as a user calls them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import ROOT, load_script, make_model, photograph
+from PIL import Image
+
+from apm import drawing, save_model
+from apm.preprocessing import Preprocessing
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for index in range(3):
+        photograph(seed=index).save(folder / f"p{index}.png")
+    return folder
+
+
+@pytest.fixture
+def teacher_weights(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "vit.pth"
+    torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), path)
+    return path
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def no_leftovers(folder):
+    return not [path for path in folder.rglob("*") if ".part" in path.name]
+
+
+@pytest.fixture
+def labels(monkeypatch):
+    """The labels of every figure that is drawn, row by row."""
+    drawn = []
+    panels = drawing.panels
+
+    def noting(rows, *arguments, **options):
+        drawn.append([list(row) for row in rows])
+        return panels(rows, *arguments, **options)
+
+    monkeypatch.setattr(drawing, "panels", noting)
+    return drawn
+
+
+@pytest.fixture
+def predict(checkpoint, tmp_path):
+    main = load_script("predict_test_image.py").main
+
+    def run(*arguments):
+        output = tmp_path / "out"
+        status = main(["--checkpoint", str(checkpoint), "--output", str(output), *arguments])
+        return status, output
+
+    return run
+
+
+@pytest.mark.parametrize("method", ["tsne", "pca", "kmeans"])
+def test_predict_one_image(predict, photographs, method, capsys):
+    status, output = predict("--input", str(photographs / "p0.png"), "--method", method)
+    assert status == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{photographs / 'p0.png'}: centre crop, 25 % of the width left out",
+        str(output / "p0_islands.png"),
+    ]
+    assert Image.open(output / "p0_islands.png").width > 1000
+    assert results(output)["arguments"]["method"] == method
+    assert no_leftovers(output)
+
+
+def test_same_seed_same_figure(predict, photographs):
+    pictures = []
+    for _ in range(2):
+        _, output = predict("--input", str(photographs / "p0.png"), "--seed", "5")
+        pictures.append((output / "p0_islands.png").read_bytes())
+    assert pictures[0] == pictures[1]
+
+
+def test_predict_saves_features(predict, photographs):
+    _, output = predict(
+        "--input", str(photographs / "p0.png"), "--save-features", "--method", "pca"
+    )
+    arrays = np.load(output / "p0_islands.npz")
+    assert arrays["features"].shape == (4, 4, 16)
+    assert arrays["rgb"].shape == arrays["islands"].shape == (4, 4, 3)
+
+
+def test_chunks_and_bfloat16_change_little(predict, photographs):
+    answers = []
+    for extra in ([], ["--chunk-size", "3"], ["--dtype", "bfloat16"]):
+        arguments = ["--input", str(photographs / "p0.png"), "--save-features", "--method", "pca"]
+        _, output = predict(*arguments, *extra)
+        answers.append(np.load(output / "p0_islands.npz")["features"])
+    np.testing.assert_allclose(answers[0], answers[1], atol=1e-5)
+    np.testing.assert_allclose(answers[0], answers[2], atol=5e-2)
+    assert not np.array_equal(answers[0], answers[2])
+
+
+def test_predict_a_folder_skips_what_is_no_image(predict, photographs, capsys):
+    (photographs / "bad.jpg").write_text("no image")
+    status, output = predict("--input", str(photographs), "--method", "pca")
+    assert status == 0
+    printed = capsys.readouterr()
+    assert "3 images, 1 skipped" in printed.out
+    assert "bad.jpg: cannot be read as an image" in printed.err
+    assert len(list(output.glob("*.png"))) == 3
+    assert list(results(output)["skipped"]) == [str(photographs / "bad.jpg")]
+
+
+@pytest.mark.parametrize(
+    ("size", "lost"),
+    [((320, 80), {"width": 0.75}), ((80, 100), {"height": 0.2}), ((80, 80), {}), ((81, 80), {})],
+)
+def test_a_centre_crop_is_named(predict, tmp_path, labels, capsys, size, lost):
+    photograph(*size).save(tmp_path / "photo.png")
+    _, output = predict("--input", str(tmp_path / "photo.png"), "--method", "pca")
+    printed = capsys.readouterr().out.splitlines()
+    assert labels[0][0][0] == ("input (centre crop)" if lost else "input")
+    assert results(output)["images"][0]["left_out"] == pytest.approx(lost)
+    assert printed[-1] == str(output / "photo_islands.png") and len(printed) == 1 + len(lost)
+    for side, share in lost.items():
+        line = f"photo.png: centre crop, {100 * share:.0f} % of the {side} left out"
+        assert printed[0].endswith(line)
+
+
+def test_a_folder_of_crops_is_one_line(predict, tmp_path, labels, capsys):
+    (tmp_path / "images").mkdir()
+    for name, size in {"a": (320, 80), "b": (80, 80), "c": (80, 100)}.items():
+        photograph(*size).save(tmp_path / "images" / f"{name}.png")
+    assert predict("--input", str(tmp_path / "images"), "--method", "pca")[0] == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 2
+    assert "centre crop of 2 of 3 images, up to 75 % of a side left out" in printed
+    assert [rows[0][0] for rows in labels] == [
+        "input (centre crop)",
+        "input",
+        "input (centre crop)",
+    ]
+
+
+def test_two_images_of_one_stem_both_get_a_figure(predict, photographs):
+    photograph(seed=9).save(photographs / "p0.jpg")
+    _, output = predict("--input", str(photographs), "--method", "pca")
+    assert len(list(output.glob("*.png"))) == 4
+
+
+def test_odd_images_just_work(predict, tmp_path):
+    for name, image in {
+        "one_pixel.png": Image.new("RGB", (1, 1), "red"),
+        "constant.png": Image.new("RGB", (60, 60), "grey"),
+        "thin.png": Image.new("RGB", (1, 3000), "blue"),
+    }.items():
+        image.save(tmp_path / name)
+        for method in ("tsne", "pca", "kmeans"):
+            assert predict("--input", str(tmp_path / name), "--method", method)[0] == 0, name
+
+
+def bad_input(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    photograph(448, 448).save(tmp_path / "good.jpg")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:3000])
+    good = ["--input", str(tmp_path / "good.jpg")]
+    yield ["--input", str(tmp_path / "missing.jpg")], "missing.jpg: no such file"
+    yield ["--input", str(tmp_path / "empty")], "empty: no image in this folder"
+    yield ["--input", str(tmp_path / "text.jpg")], "text.jpg: cannot be read as an image"
+    yield ["--input", str(tmp_path / "half.jpg")], "half.jpg: cannot be read as an image"
+    yield [*good, "--checkpoint", str(tmp_path / "text.pth")], "text.pth: not a checkpoint"
+    yield [*good, "--checkpoint", str(tmp_path / "no.pth")], "no.pth: no such checkpoint"
+    yield [*good, "--chunk-size", "0"], "0 must be at least 1"
+    yield [*good, "--limit", "none"], "none"
+    yield [*good, "--output", str(tmp_path / "good.jpg" / "out")], "cannot write output there"
+    if not torch.cuda.is_available():
+        yield [*good, "--device", "cuda"], "--device cuda: not available"
+
+
+def test_bad_input_is_one_line_and_status_2(predict, tmp_path, capsys):
+    for arguments, message in bad_input(tmp_path):
+        try:
+            status, output = predict(*arguments)
+        except SystemExit as exit:  # argparse's own refusals
+            status, output = exit.code, tmp_path / "out"
+        printed = capsys.readouterr().err
+        assert status == 2, arguments
+        assert message in printed
+        assert printed.count("\n") == 1, printed
+        assert not output.exists(), arguments
+
+
+def test_a_folder_of_bad_files_only_is_an_error(predict, tmp_path, capsys):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jpg").write_text("no image")
+    assert predict("--input", str(tmp_path / "bad"))[0] == 2
+    assert "a.jpg: cannot be read" in capsys.readouterr().err
+
+
+def test_scripts_run_from_any_folder(tmp_path, photographs, checkpoint):
+    copy = tmp_path / "näme with spaces"
+    copy.mkdir()
+    shutil.copy(photographs / "p0.png", copy / "bïld.png")
+    done = subprocess.run(
+        [sys.executable, ROOT / "predict_test_image.py", "--input", "bïld.png"]
+        + ["--checkpoint", checkpoint, "--output", "aus", "--method", "pca"],
+        cwd=copy,
+        env=os.environ | {"LC_ALL": "C"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    assert (copy / "aus" / "bïld_islands.png").exists()
+
+
+def test_visualize_with_teacher_and_scores_with_random_weights(
+    photographs, checkpoint, tmp_path, teacher_weights, capsys
+):
+    main = load_script("visualize_coco.py").main
+    save_model(checkpoint, make_model(feature_dim=192))
+    # Class 1 is the left half, class 2 the right.
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for path in photographs.glob("*.png"):
+        labels = np.ones((60, 80), np.uint8)
+        labels[:, 40:] = 2
+        Image.fromarray(labels).save(masks / path.name)
+    output = tmp_path / "out"
+    arguments = ["--checkpoint", str(checkpoint), "--input", str(photographs)]
+    arguments += ["--output", str(output), "--method", "pca"]
+    arguments += ["--teacher", "vit_tiny_patch16_224", "--teacher-weights", str(teacher_weights)]
+    assert main([*arguments, "--limit", "2"]) == 0
+    page = (output / "index.html").read_text()
+    assert page.count('loading="lazy"') == 2
+    assert 'src="p0.png"' in page and (output / "p0.png").exists()
+    assert results(output)["images"] == 2
+    assert results(output)["left_out"] == {name: {"width": 0.25} for name in ("p0", "p1")}
+    assert "centre crop of 2 of 2 images" in capsys.readouterr().out
+
+    # On a 4 x 4 grid no class has the 10 locations that a score needs: see the message.
+    assert main([*arguments, "--masks", str(masks), "--score"]) == 2
+    assert "no mask has two classes" in capsys.readouterr().err
+    assert main([*arguments, "--score"]) == 2
+    assert "--score needs --masks" in capsys.readouterr().err
+
+
+def test_scores_of_the_bundled_checkpoint(tmp_path):
+    main = load_script("visualize_coco.py").main
+    photographs, masks = tmp_path / "images", tmp_path / "masks"
+    photographs.mkdir()
+    masks.mkdir()
+    # A disc on a plain ground: colour separates it perfectly, position cannot.
+    pixels = np.full((200, 200, 3), (40, 90, 160), np.uint8)
+    y, x = np.mgrid[:200, :200]
+    disc = (y - 100) ** 2 + (x - 100) ** 2 < 60**2
+    pixels[disc] = (230, 180, 40)
+    Image.fromarray(pixels).save(photographs / "disc.png")
+    Image.fromarray(disc.astype(np.uint8) + 1).save(masks / "disc.png")
+    arguments = ["--input", str(photographs), "--masks", str(masks), "--score"]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    scores = results(tmp_path / "out")["scores"]
+    assert scores["colour"]["ari"] > 0.9
+    assert scores["position"]["ari"] < 0.3
+    assert scores["student"]["images"] == 1
+    assert set(scores["student"]) == {"ari", "nmi", "images"}
+
+
+def test_coco_that_was_not_fetched_says_how_to_go_on(monkeypatch, tmp_path, capsys):
+    script = load_script("visualize_coco.py")
+    monkeypatch.setattr(script, "COCO", tmp_path / "val2017")
+    assert script.main(["--output", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert "--input FOLDER" in printed and "./download.sh coco-val" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mask_that_cannot_be_read_is_skipped(photographs, checkpoint, tmp_path, capsys):
+    model = make_model(image_size=112)  # 8 x 8 locations
+    model.preprocessing = Preprocessing(image_size=112)
+    save_model(checkpoint, model)
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    halves = Image.fromarray(np.repeat(np.uint8([[1] * 40 + [2] * 40]), 60, axis=0))
+    for name in ("p0", "p1"):
+        halves.save(masks / f"{name}.png")
+    (masks / "p1.png").write_text("no mask")
+    arguments = ["--checkpoint", str(checkpoint), "--input", str(photographs)]
+    arguments += ["--masks", str(masks), "--score", "--output", str(tmp_path / "out")]
+    assert load_script("visualize_coco.py").main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "1 images, 1 skipped" in printed.out
+    assert "p1.png: cannot be read as a mask" in printed.err
+    assert results(tmp_path / "out")["scores"]["student"]["images"] == 1
+
+
+def test_a_teacher_of_another_width_is_refused_with_random_weights(
+    photographs, checkpoint, teacher_weights, tmp_path, capsys
+):
+    main = load_script("visualize_coco.py").main
+    arguments = ["--checkpoint", str(checkpoint), "--input", str(photographs)]
+    arguments += ["--teacher", "vit_tiny_patch16_224", "--teacher-weights", str(teacher_weights)]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
+    assert "width 192, the checkpoint answers 16" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_student_that_is_only_shorter_than_its_teacher_has_its_colours():
+    directions = load_script("visualize_coco.py").directions
+    teacher = np.random.default_rng(0).normal(size=(4, 4, 8))
+    student, same = directions(np.stack([0.1 * teacher + 3, teacher]))
+    np.testing.assert_allclose(student, same, atol=1e-9)
+    np.testing.assert_allclose(np.linalg.norm(same, axis=-1), 1)
+
+
+@pytest.fixture
+def interpolate(checkpoint, photographs, tmp_path):
+    script = load_script("interpolate.py")
+
+    def run(*arguments):
+        output = tmp_path / "between"
+        inputs = [str(photographs / "p0.png"), str(photographs / "p1.png")]
+        standard = ["--checkpoint", str(checkpoint), "--output", str(output), "--input", *inputs]
+        return script.main([*standard, *arguments]), output
+
+    run.script = script
+    return run
+
+
+def test_interpolate_writes_frames_strip_and_animation(interpolate):
+    status, output = interpolate("--steps", "4")
+    assert status == 0
+    assert len(list(output.glob("frame_*.png"))) == 4
+    assert Image.open(output / "interpolation.gif").n_frames == 6  # there and back
+    assert (output / "strip.png").exists() and no_leftovers(output)
+
+
+def test_interpolation_reaches_both_ends_from_the_columns_alone(model, photographs):
+    script = load_script("interpolate.py")
+    ends = torch.stack(
+        [model.preprocessing(Image.open(photographs / name)) for name in ("p0.png", "p1.png")]
+    )
+    features, rgb = script.percepts(model, ends, 3, None, "float32")
+    with torch.inference_mode():
+        columns = model.encode(ends)
+        middle = columns.mean(dim=0, keepdim=True)
+        expected = model.query(torch.stack([columns[0], middle[0], columns[1]]))
+    np.testing.assert_allclose(features.reshape(3, 16, 16), expected[0], atol=1e-5)
+    np.testing.assert_allclose(rgb.reshape(3, 16, 3), expected[1].clamp(0, 1), atol=1e-5)
+
+
+def test_the_strip_says_that_it_is_of_the_columns_alone(interpolate, monkeypatch, capsys):
+    titles = []
+
+    def noting(rows, side, title):
+        titles.append((title, list(rows[0])))
+        return drawing.panels(rows, side, title)
+
+    monkeypatch.setattr(interpolate.script, "panels", noting)
+    _, output = interpolate("--steps", "2")
+    [(title, labels)] = titles
+    assert "from the column alone" in title
+    assert labels == ["A (centre crop)", "0.00", "1.00", "B (centre crop)"]
+    assert results(output)["left_out"] == [{"width": 0.25}] * 2
+    assert "centre crop of 2 of 2 images" in capsys.readouterr().out
+
+
+def test_interpolate_refuses_one_step(interpolate, capsys):
+    assert interpolate("--steps", "1")[0] == 2
+    assert "--steps 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "script", ["predict_test_image", "visualize_coco", "interpolate", "misc_scripts/hinton_islands"]
+)
+def test_defaults_are_readable(script, capsys):
+    with pytest.raises(SystemExit):
+        load_script(f"{script}.py").main(["--help"])
+    assert "PosixPath" not in capsys.readouterr().out

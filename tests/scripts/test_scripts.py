@@ -1,0 +1,113 @@
+"""The scripts together: from photographs to islands, and what all of them have in common."""
+
+import json
+
+import pytest
+import timm
+import torch
+from conftest import ROOT, load_script, photograph
+from PIL import Image
+
+from apm import APMConfig, load_model
+from apm.data.features import FeatureStore
+from apm.runtime.cli import FLAGS
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for index in range(3):
+        photograph(seed=index).save(folder / f"p{index}.png")
+    return folder
+
+
+@pytest.fixture
+def teacher_weights(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "vit.pth"
+    torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), path)
+    return path
+
+
+def test_training_from_photographs_to_islands_with_random_teacher(
+    photographs, tmp_path, teacher_weights, capsys
+):
+    """Resize, extract, train, stop, resume, predict: the whole path."""
+    (photographs / "sub").mkdir()
+    photograph(300, 200, seed=7).save(photographs / "sub" / "p7.jpg")
+    (photographs / "bad.jpg").write_text("no image")
+    resized, features = str(tmp_path / "resized"), str(tmp_path / "features")
+    resize = load_script("misc_scripts/resize_coco_images.py").main
+    assert resize(["--input", str(photographs), "--output", resized]) == 0
+    assert "4 images" in capsys.readouterr().out
+    assert Image.open(tmp_path / "resized" / "sub" / "p7.jpg").size == (448, 448)
+    assert resize(["--input", str(photographs), "--output", resized, "--image-size", "224"]) == 2
+    assert "image_size 448, not 224" in capsys.readouterr().err
+
+    extract = load_script("misc_scripts/1_extract_coco_features.py").main
+    arguments = ["--input", resized, "--output", features, "--teacher", "vit_tiny_patch16_224"]
+    arguments += ["--teacher-weights", str(teacher_weights), "--teacher-block", "2"]
+    assert extract(arguments) == 0
+    assert FeatureStore(features).read("sub/p7").shape == (1024, 192)
+
+    train = load_script("misc_scripts/train.py").main
+    arguments = ["--input", resized, "--features", features, "--validation-images", "1"]
+    arguments += ["--locations", "32", "--batch-size", "2"]
+    arguments += ["--augment", "--learning-rate", "1e-3"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train([*arguments, "--output", str(whole), "--epochs", "2"]) == 0
+    assert train([*arguments, "--output", str(parts), "--epochs", "1"]) == 0
+    assert train([*arguments, "--output", str(parts), "--epochs", "2", "--resume"]) == 0
+    one, other = (load_model(folder / "apm.safetensors") for folder in (whole, parts))
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+    assert one.provenance["teacher"]["block"] == 2
+    assert str(tmp_path) not in json.dumps(one.provenance)
+    assert len((whole / "history.csv").read_text().splitlines()) == 3
+    assert (whole / "loss.png").exists()
+
+    arguments += ["--output", str(tmp_path / "further"), "--init", str(whole / "apm.safetensors")]
+    assert train([*arguments, "--epochs", "1", "--learning-rate", "0"]) == 0
+    start = load_model(tmp_path / "further" / "apm.safetensors")
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(start.state_dict()[name], tensor, atol=1e-6, rtol=0)
+
+    predict = load_script("predict_test_image.py").main
+    arguments = ["--checkpoint", str(whole / "apm.safetensors"), "--method", "pca"]
+    assert predict([*arguments, "--output", str(tmp_path / "out")]) == 0
+
+
+def test_training_without_features_is_refused(tmp_path, photographs, capsys):
+    train = load_script("misc_scripts/train.py").main
+    assert train(["--input", str(photographs), "--features", str(tmp_path / "none")]) == 2
+    assert "none: no features" in capsys.readouterr().err
+
+
+SCRIPTS = [
+    path.relative_to(ROOT)
+    for path in sorted(ROOT.rglob("*.py"))
+    if not {"tests", ".venv"} & set(path.relative_to(ROOT).parts)
+    and "def main(" in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_help_says_what_the_script_does(script, capsys):
+    module = load_script(str(script))
+    with pytest.raises(SystemExit) as exit:
+        module.main(["--help"])
+    assert exit.value.code == 0
+    assert module.__doc__.strip().splitlines()[0] in capsys.readouterr().out
+
+
+def test_shared_flags_are_kebab_case():
+    assert all(flag == flag.lower() and "_" not in flag for flag in FLAGS)
+
+
+def test_the_bundled_checkpoint_is_small_and_has_the_local_patch():
+    path = ROOT / "checkpoints" / "apm_small.safetensors"
+    assert path.stat().st_size <= 12_000_000
+    model = load_model(path)
+    assert model.config == APMConfig.small()
+    assert model.provenance["teacher"]["teacher"] == "vit_tiny_patch16_224"

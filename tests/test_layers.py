@@ -1,0 +1,89 @@
+"""Each fast layer against the plain layer that its docstring names."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import encoding
+from torch import nn
+
+from apm.layers import AttentionPool, LocalPatch, Query, QueryLinear, sample
+from apm.positional_encoding import sincos_2d
+
+POSITIONS = torch.tensor([[0.0, 0.0], [3.0, 1.0], [0.25, 2.5], [3.0, 2.5]])
+
+
+@pytest.mark.parametrize("feature", [0, 6])
+@pytest.mark.parametrize("local", [0, 4])
+def test_query_linear_is_a_linear_layer_on_the_joined_query(local, feature):
+    torch.manual_seed(0)
+    layer = QueryLinear(7, 5, local, 8, feature)
+    blocks = [getattr(layer, name) for name in ("feature", "column", "local", "position")]
+    plain = nn.Linear(feature + 5 + local + 8, 7)
+    plain.weight.data = torch.cat([block.weight for block in blocks if block is not None], dim=1)
+    plain.bias.data = layer.column.bias
+    column, features = torch.randn(2, 5), torch.randn(2, 4, feature)
+    patches = torch.randn(2, 4, local)
+    p = torch.tensor([encoding(i, j, 8) for i, j in POSITIONS.tolist()])
+    joined = [features, column[:, None].expand(-1, 4, -1), patches, p.expand(2, -1, -1)]
+    query = Query(column, patches if local else None, None, POSITIONS)
+    answers = layer(query, features if feature else None)
+    torch.testing.assert_close(answers, plain(torch.cat(joined, dim=-1)), atol=1e-5, rtol=1e-5)
+
+
+def test_the_null_stands_in_for_the_local_patch_of_each_image_that_does_not_see_it():
+    torch.manual_seed(0)
+    layer = QueryLinear(7, 5, 4, 8)
+    nn.init.normal_(layer.local_null)
+    column, patches = torch.randn(3, 5), torch.randn(3, 4, 4)
+    seen = layer(Query(column, patches, None, POSITIONS))
+    alone = layer(Query(column, None, None, POSITIONS))
+    no_patch = layer(Query(column, torch.zeros_like(patches), None, POSITIONS))
+    torch.testing.assert_close(alone, no_patch + layer.local_null)
+    mixed = layer(Query(column, patches, torch.tensor([True, False, True]), POSITIONS))
+    torch.testing.assert_close(mixed, torch.stack([seen[0], alone[1], seen[2]]))
+    mixed[1].sum().backward()
+    assert layer.local.weight.grad.abs().max() == 0
+    assert layer.local_null.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("blocks", [(0, 0), (1, 0), (0, 1), (1, 2)])
+def test_the_local_patch_is_one_network_on_every_neighbourhood(blocks):
+    """Far from the image's border, beyond which the convolution sees zeros."""
+    torch.manual_seed(0)
+    network, side = LocalPatch(8, 4, blocks), 11
+    for name, parameter in network.named_parameters():
+        if "widen" in name:
+            nn.init.normal_(parameter)
+    reach = blocks[0] * 2 + blocks[1] * 4  # pixels on every side
+    border = -(-reach // 4) * 4  # whole patches
+    images = torch.randn(1, 3, 4 * side, 4 * side)
+    whole = network(images)
+    for row, column in ((5, 5), (4, 6)):
+        top, left = 4 * row - border, 4 * column - border
+        cut = images[:, :, top : top + 4 + 2 * border, left : left + 4 + 2 * border]
+        alone = network(F.pad(cut, (8,) * 4))[0, :, border // 4 + 2, border // 4 + 2]
+        torch.testing.assert_close(alone, whole[0, :, row, column], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("with_head", [False, True])
+def test_attention_pool_is_multihead_attention_of_one_query(with_head):
+    torch.manual_seed(0)
+    pool, head = AttentionPool(8, 2, 6), nn.Linear(6, 8)
+    nn.init.normal_(pool.attention.in_proj_bias)
+    nn.init.normal_(pool.attention.out_proj.bias)
+    hidden, features = torch.randn(3, 4, 6), torch.randn(3, 4, 8)
+    features = head(hidden) if with_head else features
+    tokens = features + sincos_2d(POSITIONS, 8)
+    expected, _ = pool.attention(pool.query.expand(3, 1, -1), tokens, tokens)
+    pooled = pool(hidden, POSITIONS, head) if with_head else pool(features, POSITIONS)
+    torch.testing.assert_close(pooled, expected[:, 0], atol=1e-5, rtol=1e-4)
+
+
+def test_sampling_at_grid_points_reads_them_and_is_bilinear_between():
+    maps = torch.rand(2, 3, 4, 4)
+    grid = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0))
+    torch.testing.assert_close(sample(maps, grid), maps.flatten(2).transpose(1, 2))
+    between = sample(maps, torch.tensor([[1.0, 2.5]]))[:, 0]
+    torch.testing.assert_close(between, (maps[:, :, 1, 2] + maps[:, :, 1, 3]) / 2)
+    outside = sample(maps, torch.tensor([[-3.0, 9.0]]))[:, 0]
+    torch.testing.assert_close(outside, maps[:, :, 0, 3])
