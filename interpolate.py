@@ -20,7 +20,7 @@ from apm.runtime.cli import OUTPUTS, Results, command, make_parser, positive_int
 from apm.runtime.device import precision, seed_everything, select_device
 from apm.runtime.files import ROOT, prepare_output
 
-EXAMPLES = ("assets/cat.jpg", "assets/astronaut.jpg")
+EXAMPLES = (ROOT / "assets" / "cat.jpg", ROOT / "assets" / "astronaut.jpg")
 FRAME_SIDE = 320
 TITLE = "RGB and islands from the column alone: no pixels, no local patches"
 
@@ -33,12 +33,10 @@ def parse(argv: list[str] | None) -> Namespace:
         output=OUTPUTS / "interpolate",
     )
     add = parser.add_argument
-    examples = f"the two images (default: {' '.join(EXAMPLES)})"
-    add("--input", type=Path, nargs=2, metavar=("A", "B"), help=examples)
+    add("--input", type=Path, nargs=2, default=EXAMPLES, metavar=("A", "B"), help="the two images")
     add("--steps", type=positive_int, default=9, help="frames, both ends included")
     add("--method", choices=METHODS, default="pca", help="how islands are coloured")
     args = parser.parse_args(argv)
-    args.input = args.input or [ROOT / name for name in EXAMPLES]
     if args.steps < 2:
         raise ValueError(f"--steps {args.steps}: at least 2, the two ends")
     return args

@@ -4,13 +4,14 @@ For each picture a figure: input, RGB reconstruction, islands, islands over the 
 """
 
 import sys
-from functools import partial
+import time
+from typing import Any
 
 from apm import load_model
-from apm.data.images import Skipped, image_names, load_image
-from apm.drawing import draw_islands, islands_report
+from apm.data.images import Skipped, image_names, load_image, load_images
+from apm.drawing import save_islands
 from apm.islands import METHODS, island_colours
-from apm.predictor import perceive
+from apm.predictor import crop_report, perceive
 from apm.runtime.cli import OUTPUTS, Results, command, make_parser
 from apm.runtime.device import seed_everything, select_device
 from apm.runtime.files import ROOT, prepare_output
@@ -37,17 +38,19 @@ def main(argv: list[str] | None = None) -> None:
     output = prepare_output(args.output)
     results = Results(args, device)
     seed_everything(args.seed)
-    skipped = Skipped()
-    images = draw_islands(
-        paths,
-        skipped,
-        partial(perceive, model, chunk_size=args.chunk_size, dtype=args.dtype),
-        partial(island_colours, method=args.method, seed=args.seed),
-        output,
-        save_features=args.save_features,
-    )
-    results.save(output, images=images, skipped=skipped)
-    print(islands_report(images, skipped, output))
+    rows, skipped = [], Skipped()
+    for name, image in load_images(paths, skipped):
+        started = time.perf_counter()
+        percept = perceive(model, image, chunk_size=args.chunk_size, dtype=args.dtype)
+        seconds = time.perf_counter() - started
+        row: dict[str, Any] = {"image": str(paths[name]), "query_seconds": seconds}
+        islands = island_colours(percept.features, args.method, args.seed)
+        figure = output / f"{name}_islands.png"
+        rows.append(row | save_islands(figure, percept, islands, arrays=args.save_features))
+    results.save(output, images=rows, skipped=skipped)
+    if line := crop_report({row["image"]: row["left_out"] for row in rows}):
+        print(line)
+    print(figure if len(paths) == 1 else f"{output}: {len(rows)} images, {len(skipped)} skipped")
 
 
 if __name__ == "__main__":

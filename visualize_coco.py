@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 
 from apm import APM, load_model
 from apm.data.images import Skipped, UnreadableImage, image_names, load_images
-from apm.drawing import heat_map, island_row, overlay, panels, save_gallery, save_picture
+from apm.drawing import island_row, overlay, panels, save_gallery, save_picture
 from apm.islands import METHODS, island_colours, island_series
 from apm.losses import rgb_targets
 from apm.predictor import Percept, crop_report, perceive
@@ -99,7 +100,7 @@ def figure(percept: Percept, teacher: np.ndarray | None, method: str, seed: int)
             {
                 "teacher's islands": colours[1],
                 "teacher's islands over input": overlay(percept.picture, colours[1]),
-                "error: black 0, bright opposite": heat_map((1 - cosine) / 2),
+                "error: black 0, bright opposite": colormaps["magma"]((1 - cosine) / 2)[..., :3],
             }
         )
     return panels(rows)

@@ -5,10 +5,10 @@ as JSON. The paper authors' are bare state dicts: their config and preprocessing
 keys.
 """
 
-import dataclasses
 import json
 import os
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +58,15 @@ def save_model(
     provenance: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a checkpoint atomically.
+    """Write a model's config, preprocessing and weights atomically.
 
     Args:
-        model: its config, preprocessing and weights are saved.
         provenance: how the model was made, as plain values; default the model's own.
-        dtype: precision of the saved weights, but for a few that stay in float32; float16 halves
-            the file.
+        dtype: of the weights, but for a few that stay in float32; float16 halves the file.
     """
     header = {
-        "config": dataclasses.asdict(model.config),
-        "preprocessing": dataclasses.asdict(model.preprocessing),
+        "config": asdict(model.config),
+        "preprocessing": asdict(model.preprocessing),
         "provenance": model.provenance if provenance is None else provenance,
     }
     weights = {
@@ -82,87 +80,60 @@ def save_model(
 def load_model(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> APM:
     """Load this project's checkpoints and both released formats, in float32 and eval mode.
 
-    ``model.preprocessing`` turns pictures into what the checkpoint was trained on.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is no checkpoint, or its weights do not fit its model.
+    ``model.preprocessing`` turns pictures into what the checkpoint was trained on. A file that is
+    no checkpoint, or whose weights do not fit, is refused with a ``ValueError``.
     """
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
-        model = _load_ours(path) if _is_safetensors(path) else _build_released(load_tensors(path))
+        with path.open("rb") as file:
+            ours = file.read(9)[8:] == b"{"  # safetensors: JSON after the eight bytes of its length
+        config, preprocessing, provenance, weights = _ours(path) if ours else _released(path)
+        if preprocessing.image_size != config.image_size:
+            raise ValueError(
+                f"preprocessing for {preprocessing.image_size} px, model for {config.image_size} px"
+            )
+        with torch.device("meta"):  # nothing is drawn in vain
+            model = APM(config)
+        # Copies: a view of the file's memory would keep all of it.
+        fit_weights(model, {name: weight.clone() for name, weight in weights.items()})
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: not a checkpoint of this model ({reason:.300})") from error
-    return model.to(device).eval()
+    model.preprocessing, model.provenance = preprocessing, provenance
+    return model.to(device, torch.float32).eval()
 
 
-def _is_safetensors(path: Path) -> bool:
-    """A safetensors file has JSON after the eight bytes of its length.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    with path.open("rb") as file:
-        return file.read(9)[8:] == b"{"
+_Parts = tuple[APMConfig, Preprocessing, dict[str, Any], dict[str, Tensor]]
 
 
-def _load_ours(path: Path) -> APM:
+def _ours(path: Path) -> _Parts:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})[HEADER])
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors has an exception of its own
         raise ValueError(error) from error
-    config = APMConfig(**header["config"])
-    preprocessing = Preprocessing(**header["preprocessing"])
-    if preprocessing.image_size != config.image_size:
-        raise ValueError(
-            f"preprocessing for {preprocessing.image_size} px, model for {config.image_size} px"
-        )
-    if preprocessing.token_offset > config.column_dim - config.grid_size:
-        raise ValueError(f"token_offset {preprocessing.token_offset} is more than the grid holds")
-    if not isinstance(header["provenance"], dict):
-        raise ValueError("provenance is no JSON object")
-    return _build(config, weights, preprocessing, header["provenance"])
+    config, preprocessing = APMConfig(**header["config"]), Preprocessing(**header["preprocessing"])
+    return config, preprocessing, dict(header["provenance"]), weights
 
 
-def _build_released(content: Any) -> APM:
-    if not isinstance(content, dict) or "fc1.weight" not in content:
+def _released(path: Path) -> _Parts:
+    state = load_tensors(path)
+    if "fc1.weight" not in state:
         raise ValueError("neither this project's format nor the released keys (fc1.weight, ...)")
-    weights = from_released(content)
-    if "little_query" in content:
-        return _build(APMConfig.tta(len(weights["feature_head.weight"])), weights, RELEASED_TTA, {})
-    return _build(APMConfig.coco(), weights, RELEASED_COCO, {})
-
-
-def _build(
-    config: APMConfig,
-    weights: dict[str, Tensor],
-    preprocessing: Preprocessing,
-    provenance: dict[str, Any],
-) -> APM:
-    """A model with the given weights, in float32."""
-    with torch.device("meta"):  # nothing is drawn in vain
-        model = APM(config)
-    # Copies: a view of the file's memory would keep all of it.
-    fit_weights(model, {name: w.to(torch.float32, copy=True) for name, w in weights.items()})
-    model.requires_grad_(True)
-    model.preprocessing, model.provenance = preprocessing, provenance
-    return model
+    weights = from_released(state)
+    if "little_query" in state:
+        return APMConfig.tta(len(weights["feature_head.weight"])), RELEASED_TTA, {}, weights
+    return APMConfig.coco(), RELEASED_COCO, {}, weights
 
 
 def fit_weights(model: nn.Module, state: Any, unused: tuple[str, ...] = ()) -> None:
-    """Give a model its weights, all of them.
+    """Give a model the tensors of a state dict as its weights.
 
-    Args:
-        state: a state dict, whose tensors become the model's.
-        unused: children of the model that are left as they are, whatever the state says of them.
-
-    Raises:
-        ValueError: naming the first weight that is missing, unknown, misshapen or not finite.
+    Children named in ``unused`` are left as they are, whatever the state says of them. A
+    ``ValueError`` names the first weight that is missing, unknown, misshapen or not finite.
     """
     if not isinstance(state, dict):
         raise ValueError(f"a {type(state).__name__}, expected a state dict")
@@ -183,18 +154,14 @@ def fit_weights(model: nn.Module, state: Any, unused: tuple[str, ...] = ()) -> N
 def from_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Translate a state dict under the released keys, of the COCO or the TTT model.
 
-    Raises:
-        ValueError: if a key is missing or unknown.
+    A ``ValueError`` names a key that is missing or unknown.
     """
-    layers, tensors = _COCO_LAYERS, dict[str, str]()
+    layers, names = _COCO_LAYERS, dict[str, str]()
     if "little_query" in state:
-        layers, tensors = _TTA_LAYERS, _TTA_TENSORS
-    names = tensors | {
-        f"{released}.{kind}": f"{ours}.{kind}"
-        for released, ours in layers.items()
-        for kind in ("weight", "bias")
-    }
+        layers, names = _TTA_LAYERS, dict(_TTA_TENSORS)
     first = {"fc1": "trunk_first", "rgb_head_1": "rgb_first"}
+    for kind in ("weight", "bias"):
+        names |= {f"{released}.{kind}": f"{ours}.{kind}" for released, ours in layers.items()}
     known = names.keys() | {f"{layer}.{kind}" for layer in first for kind in ("weight", "bias")}
     if wrong := known ^ state.keys():
         raise ValueError(f"released checkpoint: key {min(wrong)} is missing or unknown")
@@ -213,25 +180,18 @@ def from_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_tensors(path: str | os.PathLike[str], content: Any) -> None:
-    """Write tensors and plain values, for ``load_tensors``, atomically.
-
-    Raises:
-        OSError: if they cannot be written, for example onto a full disk.
-    """
+    """Write tensors and plain values atomically, for ``load_tensors``."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         torch.save(content, file)  # a file object: torch's own writer hides what went wrong
 
 
 def load_tensors(path: str | os.PathLike[str]) -> Any:
-    """Read torch's files of tensors and plain values, without running anything, onto the CPU.
+    """Read torch's file of tensors and plain values onto the CPU, without running anything.
 
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it holds anything else, or is damaged.
+    Any other file is refused with a ``ValueError``.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of files that are refused below

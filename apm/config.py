@@ -24,9 +24,6 @@ class APMConfig:
         local_width: width of the embedded local patch ``I_xy`` of Figure 1; 0: none, as released.
         local_blocks: how far a location sees around its patch: residual blocks at half a patch
             and at a patch, each of which adds one such step on every side.
-
-    Raises:
-        ValueError: naming what cannot be built.
     """
 
     image_size: int = 448
@@ -45,26 +42,22 @@ class APMConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         sizes = [self.image_size, self.patch_size, self.feature_dim, self.position_dim]
         sizes += [self.pool_heads, *self.trunk_widths, *self.rgb_widths]
-        for numbers, least in ((sizes, 1), ([self.local_width, *self.local_blocks], 0)):
-            for number in numbers:
-                if not isinstance(number, int) or number < least:
-                    raise ValueError(f"{number!r:.80}: expected a whole number >= {least}")
-        for holds, requirement in (
-            (self.image_size % self.patch_size == 0, "image_size must be a multiple of patch_size"),
-            (self.trunk_widths and self.rgb_widths, "trunk_widths, rgb_widths must not be empty"),
-            (self.position_dim % 4 == 0, "position_dim must be divisible by 4"),
-            (self.pooling in POOLINGS, f"pooling must be one of {POOLINGS}"),
-            (
-                self.pooling != "attention" or self.feature_dim % self.pool_heads == 0,
-                "feature_dim must be a multiple of pool_heads",
-            ),
-            (len(self.local_blocks) == 2, "local_blocks must be two numbers"),
-            (
-                not self.local_width or self.local_width % 4 == self.patch_size % 2 == 0,
-                "a local patch needs an even patch_size and a local_width divisible by 4",
-            ),
+        counts = [self.local_width, *self.local_blocks]
+        whole = all(isinstance(number, int) for number in sizes + counts)
+        if not whole or min(sizes) < 1 or min(counts) < 0:
+            raise ValueError(f"expected whole numbers of at least 1, got {self!r:.400}")
+        heads, local = self.pool_heads if self.pooling == "attention" else 1, self.local_width > 0
+        for wrong, requirement in (
+            (not self.trunk_widths or not self.rgb_widths, "widths must not be empty"),
+            (len(self.local_blocks) != 2, "local_blocks must be two numbers"),
+            (self.image_size % self.patch_size, "image_size must be a multiple of patch_size"),
+            (self.position_dim % 4, "position_dim must be divisible by 4"),
+            (self.pooling not in POOLINGS, f"pooling must be one of {POOLINGS}"),
+            (self.feature_dim % heads, "feature_dim must be a multiple of pool_heads"),
+            (local and self.patch_size % 2, "patch_size must be even for local patches"),
+            (local and self.local_width % 4, "local_width must be divisible by 4"),
         ):
-            if not holds:
+            if wrong:
                 raise ValueError(f"{requirement}, got {self!r:.400}")
 
     @property
@@ -111,11 +104,7 @@ def _flag(default: Any, text: str, **more: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """What decides the weights, besides model and data; the defaults are the paper's.
-
-    Raises:
-        ValueError: naming a number that is out of its range.
-    """
+    """What decides the weights, besides model and data; the defaults are the paper's."""
 
     epochs: int = _flag(12, "passes over the images")
     batch_size: int = _flag(64, "images a step, over all processes")
@@ -126,12 +115,7 @@ class TrainConfig:
     warmup: int = _flag(0, "steps in which the learning rate rises")
     locations: int = _flag(1024, "random locations a step")
     null_share: float = _flag(0.3, "share of a batch that is answered from the column alone")
-    feature_loss: str = _flag(
-        "mse",
-        "mse: the paper's; standardised: of channels of equal weight, plus cosine; relational: that"
-        " and how alike the places of an image are to one another",
-        choices=FEATURE_LOSSES,
-    )
+    feature_loss: str = _flag("mse", "of apm/losses.py; mse: the paper's", choices=FEATURE_LOSSES)
     rgb_weight: float = _flag(1.0, "weight of the RGB loss")
     augment: bool = _flag(False, "random crops and flips, features alike")
     dtype: str = _flag("float32", "of matrix products", choices=("float32", "bfloat16"))

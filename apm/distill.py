@@ -23,25 +23,19 @@ class NonFiniteError(ValueError):
 class Distiller:
     """A student, its optimiser, and what it learns from.
 
-    A part of each batch goes without its local patches, so that one model answers from image and
-    column and from the column alone. Every random choice is a function of seed and step, so a run
-    that goes on from ``state_dict`` is the run that was never stopped.
-
-    A batch may be shared out over processes, and by each over ``accumulate`` parts (``shares``).
-    Choices are made for the whole batch and gradients are added up over all parts, so that neither
-    number changes what is learnt.
+    A part of each batch is answered from the column alone, so that one model can do both. A batch
+    may be shared out over processes, and by each over ``accumulate`` parts: see ``shares``. Every
+    random choice is made for the whole batch, as a function of seed and step. So neither number
+    changes what is learnt, and a run goes on from weights, optimiser and ``steps_done`` alone.
 
     Args:
         model: the APM to train, on its device.
-        config: how.
         mean, std: ``(F,)``, of the teacher's features.
         steps: length of the run, for the cosine schedule.
         batch_size: images of a whole batch.
-        accumulate: parts in which a process works through its share of a batch.
         teacher: makes the features of images that come without.
 
     Attributes:
-        steps_done: steps done.
         gradient_norm: of the last step.
     """
 
@@ -74,9 +68,8 @@ class Distiller:
         """One step of the optimiser.
 
         Args:
-            parts: of this process, as ``shares`` shares the batch out: images ``(B, 3, H, W)``
-                uint8 RGB and teacher features of the whole grid, ``(B, N, F)``, or empty for the
-                teacher to make.
+            parts: this process's ``shares`` of the batch: images ``(B, 3, H, W)`` uint8 RGB and
+                teacher features ``(B, N, F)`` of the whole grid, or empty for the teacher to make.
 
         Returns:
             Feature loss and RGB loss before the step, of the whole batch, ``(2,)``.
@@ -94,6 +87,7 @@ class Distiller:
         total = torch.zeros(2, device=self.model.device)
         mine = shares(range(self.batch_size), self.accumulate)
         for (pixels, features), images in zip(parts, mine, strict=True):
+            features = self.features(pixels, features)
             losses = self.losses(pixels, features, places, sees_local[images])
             losses = losses * (len(images) / self.batch_size)
             (losses[0] + config.rgb_weight * losses[1]).backward()
@@ -113,21 +107,25 @@ class Distiller:
         self.steps_done += 1
         return total.cpu()
 
+    def features(self, pixels: Tensor, features: Tensor) -> Tensor:
+        """The given features, or if they are empty the teacher's."""
+        if features.numel() or self.teacher is None:
+            return features
+        with precision(self.model.device, self.config.dtype):
+            return self.teacher(pixels.to(self.model.device) / 255)
+
     def losses(
         self, pixels: Tensor, features: Tensor, places: Tensor, sees_local: Tensor
     ) -> Tensor:
         """Feature loss and RGB loss, ``(2,)``.
 
         Args:
-            pixels, features: as of ``step``.
             places: ``(n,)``, indices of the grid's locations that are asked for.
             sees_local: ``(B,)`` bool, as of ``APM.query``.
         """
         model, device = self.model, self.model.device
         pixels, places, sees_local = (t.to(device) for t in (pixels, places, sees_local))
         with precision(device, self.config.dtype):
-            if not features.numel() and self.teacher is not None:
-                features = self.teacher(pixels / 255)
             images = model.preprocessing.normalise(pixels)
             answers, rgb = model.query(
                 model.encode(images),
@@ -155,13 +153,7 @@ class Distiller:
         """Losses on the whole grid and the RGB R2, with local patches and (null) without.
 
         R2 is 1 - squared error / variance of the colours over all images, channels together; 0 if
-        the colours are all the same.
-
-        Args:
-            batches: this process's share of the images, as for ``step``.
-
-        Returns:
-            The numbers over the images of all processes.
+        the colours are all the same. Batches are this process's share; numbers are over all.
         """
         self.model.eval()
         prefixes = {"": True} | ({"null_": False} if self.model.config.local_width else {})
@@ -170,6 +162,7 @@ class Distiller:
         sums = torch.zeros(len(names) + 5, device=self.model.device)
         places = torch.arange(self.model.config.column_dim)
         for pixels, features in batches:
+            features = self.features(pixels, features)
             losses = [
                 self.losses(pixels, features, places, torch.full((len(pixels),), local))
                 for local in prefixes.values()

@@ -2,8 +2,7 @@
 
 import html
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -11,15 +10,14 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from apm.data.images import Skipped, load_images
-from apm.predictor import Percept, View, crop_report
+from apm.predictor import Percept, View
 from apm.runtime.files import atomic_path
 
-if TYPE_CHECKING:
-    # Matplotlib takes half a second to import. Functions that need it import it themselves.
+if TYPE_CHECKING:  # Matplotlib takes half a second to import: functions import it themselves
     from matplotlib.figure import Figure
 
-GAP = 12
+GAP = 12  # px
+OPACITY = 0.55  # of islands over a picture
 ISLANDS = "islands of agreement"
 
 
@@ -29,8 +27,7 @@ def panels(
     """Labelled pictures on white, row under row.
 
     Args:
-        rows: each a mapping from label to ``(h, w, 3)`` picture, uint8 or float in [0, 1], enlarged
-            to ``side`` pixels without smoothing where it is smaller.
+        rows: label -> picture ``(h, w, 3)``, uint8 or float in [0, 1], shown at ``side`` pixels.
         title: a line above all rows.
 
     Returns:
@@ -61,21 +58,11 @@ def enlarge(picture: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(Image.fromarray(picture).resize((side, side), sampling))
 
 
-def overlay(picture: np.ndarray, islands: np.ndarray, opacity: float = 0.55) -> np.ndarray:
-    """Island colours ``(h, w, 3)`` in [0, 1] laid over a ``(H, H, 3)`` uint8 picture, as uint8.
-
-    The picture keeps its brightness in grey, so that its outlines show through the colours.
-    """
+def overlay(picture: np.ndarray, islands: np.ndarray) -> np.ndarray:
+    """Island colours ``(h, w, 3)`` in [0, 1] over a ``(H, H, 3)`` uint8 picture in grey: uint8."""
     grey = picture.mean(axis=-1, keepdims=True)
-    mixed = opacity * enlarge(islands, len(picture)) + (1 - opacity) * grey
+    mixed = OPACITY * enlarge(islands, len(picture)) + (1 - OPACITY) * grey
     return mixed.round().astype(np.uint8)
-
-
-def heat_map(values: np.ndarray) -> np.ndarray:
-    """``(h, w)`` in [0, 1] -> ``(h, w, 3)`` float colours, dark to bright."""
-    import matplotlib
-
-    return matplotlib.colormaps["magma"](values)[..., :3]
 
 
 def input_label(name: str, left_out: Mapping[str, float]) -> str:
@@ -84,75 +71,26 @@ def input_label(name: str, left_out: Mapping[str, float]) -> str:
 
 
 def island_row(view: View, islands: np.ndarray, label: str = ISLANDS) -> dict[str, np.ndarray]:
-    """A row for ``panels``: the picture, what is answered, its islands.
-
-    Args:
-        islands: ``(h, w, 3)`` float RGB in [0, 1].
-        label: of the islands.
-    """
+    """A row for ``panels``: what is seen, what is answered, its islands ``(h, w, 3)`` in [0, 1]."""
     seen = {input_label("input", view.left_out): view.picture}
     answered = {"RGB reconstruction": view.rgb} if isinstance(view, Percept) else {}
     over = {"islands over input": overlay(view.picture, islands)}
     return seen | answered | {label: islands} | over
 
 
-def draw_islands(
-    paths: Mapping[str, Path],
-    skipped: Skipped,
-    look: Callable[[Image.Image], View],
-    colour: Callable[[np.ndarray], np.ndarray],
-    output: Path,
-    *,
-    label: str = ISLANDS,
-    save_features: bool = False,
-) -> list[dict[str, Any]]:
-    """Write a figure for each image that can be read, ``NAME_islands.png``.
+def save_islands(
+    path: Path, view: View, islands: np.ndarray, label: str = ISLANDS, *, arrays: bool = False
+) -> dict[str, Any]:
+    """Write the figure of one ``island_row``, and with ``arrays`` its numbers as ``.npz``.
 
-    Args:
-        paths: images by name.
-        skipped: takes those that cannot be read.
-        look: what a model makes of a picture.
-        colour: features ``(h, w, F)`` -> island colours ``(h, w, 3)`` in [0, 1].
-        output: folder of the figures.
-        label: of the islands.
-        save_features: also write features, islands and answered colours as ``NAME_islands.npz``.
-
-    Returns:
-        For each figure its image, its path, what a crop left out, and the seconds of each part.
+    Returns the figure's path and what a crop left out, for ``results.json``.
     """
-    rows = []
-    for name, image in load_images(paths, skipped):
-        target = output / f"{name}_islands.png"
-        started = time.perf_counter()
-        view = look(image)
-        answered = time.perf_counter()
-        islands = colour(view.features)
-        coloured = time.perf_counter()
-        save_picture(target, panels([island_row(view, islands, label)]))
-        if save_features:
-            rgb: dict[str, Any] = {"rgb": view.rgb} if isinstance(view, Percept) else {}
-            with atomic_path(target.with_suffix(".npz")) as temporary:
-                np.savez(temporary, features=view.features, islands=islands, **rgb)
-        row = {
-            "image": str(paths[name]),
-            "figure": str(target),
-            "left_out": view.left_out,
-            "query_seconds": answered - started,
-            "islands_seconds": coloured - answered,
-            "figure_seconds": time.perf_counter() - coloured,
-        }
-        rows.append(row)
-    return rows
-
-
-def islands_report(rows: Sequence[Mapping[str, Any]], skipped: Skipped, output: Path) -> str:
-    """What ``draw_islands`` did with its images: what crops left out, and where the figures are."""
-    crops = crop_report({row["image"]: row["left_out"] for row in rows})
-    if len(rows) + len(skipped) == 1:
-        done = rows[0]["figure"]
-    else:
-        done = f"{output}: {len(rows)} images, {len(skipped)} skipped"
-    return f"{crops}\n{done}" if crops else done
+    save_picture(path, panels([island_row(view, islands, label)]))
+    if arrays:
+        rgb: dict[str, Any] = {"rgb": view.rgb} if isinstance(view, Percept) else {}
+        with atomic_path(path.with_suffix(".npz")) as temporary:
+            np.savez(temporary, features=view.features, islands=islands, **rgb)
+    return {"figure": str(path), "left_out": view.left_out}
 
 
 def save_picture(path: Path, picture: np.ndarray) -> None:
@@ -171,11 +109,7 @@ def save_gif(path: Path, frames: Sequence[np.ndarray], milliseconds: int = 120) 
 
 
 def save_gallery(path: Path, title: str, figures: Sequence[Path]) -> None:
-    """An HTML page of figures, loaded as they are scrolled to; opens from disk.
-
-    Args:
-        figures: paths relative to the page's folder.
-    """
+    """An HTML page of figures, named relative to its folder; loads them as they come into view."""
     title = html.escape(title)
     items = "\n".join(
         f'<figure><img loading="lazy" src="{quote(os.fsencode(figure.as_posix()))}" '
@@ -206,28 +140,21 @@ def save_figure(path: Path, figure: "Figure") -> None:
         figure.savefig(temporary, metadata={"Software": None})
 
 
-def loss_figure(path: Path, history: Sequence[Mapping[str, float]]) -> None:
-    """Feature and RGB losses of training and validation against the epoch."""
+def loss_figure(
+    path: Path,
+    history: Sequence[Mapping[str, float]],
+    losses: Sequence[str] = ("feature_loss", "rgb_loss"),
+    steps: str = "epoch",
+) -> None:
+    """A plot for each loss on a log axis: of training (``train_``), validation and ``null_``."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    epochs = [row["epoch"] for row in history]
-    for axes, loss in zip(figure.subplots(1, 2), ("feature_loss", "rgb_loss"), strict=True):
+    figure = Figure(figsize=(1 + 4 * len(losses), 3.5), layout="constrained")
+    for axes, loss in zip(figure.subplots(1, len(losses), squeeze=False)[0], losses, strict=True):
         for name in (f"train_{loss}", loss, f"null_{loss}"):
             if name in history[0]:
-                axes.plot(epochs, [row[name] for row in history], label=name.replace("_", " "))
-        axes.set(xlabel="epoch", yscale="log")
+                values = [[row[column] for row in history] for column in (steps, name)]
+                axes.plot(*values, label=name.replace("_", " "))
+        axes.set(xlabel=steps, yscale="log")
         axes.legend()
-    save_figure(path, figure)
-
-
-def log_loss_figure(path: Path, losses: Sequence[float]) -> None:
-    """One image's loss against the iteration, on a log axis (paper, Figure 3)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(range(1, len(losses) + 1), losses)
-    axes.set(xlabel="iteration", ylabel="mean squared error", yscale="log")
-    axes.grid(alpha=0.3)
     save_figure(path, figure)

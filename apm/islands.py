@@ -3,25 +3,18 @@
 import numpy as np
 
 METHODS = ("tsne", "pca", "kmeans")
-CLUSTERS = 6
+CLUSTERS = 6  # of k-means
 
 
-def island_colours(
-    features: np.ndarray, method: str = "tsne", seed: int = 0, clusters: int = CLUSTERS
-) -> np.ndarray:
-    """A colour for each location; one call is one colour space.
+def island_colours(features: np.ndarray, method: str = "tsne", seed: int = 0) -> np.ndarray:
+    """A colour for each location: ``(..., F)`` float -> ``(..., 3)`` float32 RGB in [0, 1].
+
+    Colours compare within one call, also between images.
 
     Args:
-        features: ``(..., F)`` float: all locations that shall be comparable, of one image or many.
         method: ``"tsne"`` embeds in three dimensions (the paper's), ``"pca"`` takes the first three
-            principal components, ``"kmeans"`` gives each of ``clusters`` clusters one colour.
+            principal components, ``"kmeans"`` gives each cluster a colour.
         seed: same seed, same colours.
-
-    Returns:
-        ``(..., 3)`` float32, RGB in [0, 1].
-
-    Raises:
-        ValueError: if the method is unknown.
     """
     points = features.reshape(-1, features.shape[-1]).astype(np.float32)
     points = points - points.mean(axis=0)
@@ -30,24 +23,20 @@ def island_colours(
     elif method == "pca":
         colours = _to_unit_range(principal_components(points, 3))
     elif method == "kmeans":
-        colours = _cluster_colours(points, clusters, seed)
+        colours = _cluster_colours(points, seed)
     else:
         raise ValueError(f"islands method {method!r} must be one of {METHODS}")
     return colours.reshape(*features.shape[:-1], 3).astype(np.float32)
 
 
 def island_series(features: np.ndarray, channels: int = 3, seed: int = 0) -> np.ndarray:
-    """The islands of one image in several features of it, by t-SNE.
+    """The islands of one image at S times, or by S models, by t-SNE.
 
-    Each embedding starts from the one before, so that an island that stays keeps its colour.
+    ``(S, h, w, F)`` float -> ``(S, h, w, 3)`` float32 RGB in [0, 1]. Each embedding starts from the
+    one before, so that an island that stays keeps its colour.
 
     Args:
-        features: ``(S, h, w, F)`` float, of the same locations: at S times, or of two models.
         channels: 3 for colours, 1 for the greys of the paper's Figure 3.
-        seed: same seed, same colours.
-
-    Returns:
-        ``(S, h, w, 3)`` float32, RGB in [0, 1].
     """
     embedding: np.ndarray | None = None
     series = []
@@ -59,10 +48,9 @@ def island_series(features: np.ndarray, channels: int = 3, seed: int = 0) -> np.
 
 def principal_components(points: np.ndarray, dim: int) -> np.ndarray:
     """Centred points ``(N, F)`` on their first principal axes: ``(N, dim)``, signs fixed."""
-    _, _, axes = np.linalg.svd(points.T @ points / len(points), hermitian=True)
-    axes = axes[:dim]
-    axes = axes * np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(axis=1)])[:, None]
-    projected = points @ axes.T
+    axes = np.linalg.svd(points.T @ points / len(points), hermitian=True)[2][:dim]
+    largest = np.take_along_axis(axes, np.abs(axes).argmax(axis=1, keepdims=True), axis=1)
+    projected = points @ (axes * np.sign(largest)).T
     return np.pad(projected, ((0, 0), (0, dim - projected.shape[1])))
 
 
@@ -85,23 +73,21 @@ def _tsne(
         # Coarser far-field forces and fewer steps: half the time, at a divergence 3 % higher.
         theta=0.8,
         n_iter=300,
-        # A second thread saves a third on an idle machine, and takes twelve times as long where
-        # another job has its core.
-        n_jobs=1,
+        n_jobs=1,  # a second thread is twelve times slower where another job has its core
     )
     return np.asarray(embedding.fit(points), np.float32)
 
 
-def _cluster_colours(points: np.ndarray, clusters: int, seed: int) -> np.ndarray:
+def _cluster_colours(points: np.ndarray, seed: int) -> np.ndarray:
     import matplotlib
     from sklearn.cluster import KMeans
 
-    clusters = min(clusters, len(np.unique(points, axis=0)))
+    clusters = min(CLUSTERS, len(np.unique(points, axis=0)))
     labels = KMeans(clusters, n_init=4, random_state=seed).fit_predict(points)
     # Clusters are numbered along the first component: k-means' own order is arbitrary.
     first = principal_components(points, 1)[:, 0]
     order = np.argsort([first[labels == label].mean() for label in range(clusters)])
-    return matplotlib.colormaps["tab20"](np.argsort(order)[labels] % 20)[:, :3]
+    return matplotlib.colormaps["tab20"](np.argsort(order)[labels])[:, :3]
 
 
 def _to_unit_range(points: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Picture in, features and colours out, as arrays ready to show, save and score."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,27 +15,19 @@ from apm.runtime.device import precision
 
 @dataclass(frozen=True)
 class View:
-    """A picture and a model's features of it on an ``h x w`` grid.
+    """A picture ``(H, W, 3)`` uint8 RGB as a model saw it, and its features ``(h, w, F)``.
 
-    Attributes:
-        picture: ``(H, W, 3)`` uint8 RGB, as the model saw it.
-        features: ``(h, w, F)`` float32.
-        left_out: the shares of the photograph's ``"width"`` and ``"height"`` that a centre crop
-            left out; empty if the model saw all of it.
+    ``left_out``: the shares of the photograph's sides that the model did not see.
     """
 
     picture: np.ndarray
     features: np.ndarray
-    left_out: Mapping[str, float] = field(default_factory=dict, kw_only=True)
+    left_out: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Percept(View):
-    """An APM's view, with the colours that it answers.
-
-    Attributes:
-        rgb: ``(h, w, 3)`` float32 RGB in [0, 1].
-    """
+    """An APM's view, with the colours that it answers: ``(h, w, 3)`` RGB in [0, 1]."""
 
     rgb: np.ndarray
 
@@ -49,37 +41,26 @@ def perceive(
     dtype: str = "float32",
     local: bool = True,
 ) -> Percept:
-    """Fold an RGB image and answer every location.
+    """Fold an RGB image and answer every location, ``chunk_size`` at a time (default all).
 
     Args:
-        chunk_size: locations answered at a time.
-        dtype: precision of the matrix products, ``"float32"`` or ``"bfloat16"``.
-        local: give the model the local patches, if it has them; else answer from the column alone.
+        dtype: of the matrix products, ``"float32"`` or ``"bfloat16"``.
+        local: give the model local patches, if it has them; else the column alone answers.
     """
     picture = model.preprocessing.picture(image)
     images = model.preprocessing.normalise(to_pixels(picture))[None].to(model.device)
     with precision(model.device, dtype):
         column = model.encode(images)
         features, rgb = answer_grid(model, column, images if local else None, chunk_size=chunk_size)
-    return Percept(
-        np.asarray(picture), features[0], rgb[0], left_out=left_out(image, model.preprocessing)
-    )
+    crop = left_out(image, model.preprocessing)
+    return Percept(np.asarray(picture), features[0], crop, rgb[0])
 
 
 @torch.inference_mode()
 def answer_grid(
     model: APM, column: Tensor, images: Tensor | None = None, *, chunk_size: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``model.query`` of the whole grid, as arrays.
-
-    Args:
-        column: ``(B, D)`` trigger columns.
-        images: ``(B, 3, H, H)`` preprocessed; None answers from the columns alone.
-        chunk_size: locations answered at a time.
-
-    Returns:
-        Features ``(B, h, w, F)`` float32 and colours ``(B, h, w, 3)`` float32 RGB in [0, 1].
-    """
+    """As ``model.query``: features ``(B, h, w, F)`` and RGB ``(B, h, w, 3)`` in [0, 1], float32."""
     answers = model.query(column, chunk_size=chunk_size, images=images)
     side = model.config.grid_size
     features, rgb = (answer.float().cpu().unflatten(1, (side, side)) for answer in answers)
@@ -92,33 +73,23 @@ def undo_token_offset(features: Tensor, offset: int) -> Tensor:
 
     The last ``offset`` places were never learnt: they repeat the row above.
     """
-    if not offset:
-        return features
-    width = features.shape[-2]
+    height, width = features.shape[-3:-1]
+    learnt = height * width - offset
     tokens = features.flatten(-3, -2).roll(-offset, dims=-2)  # (..., h * w, F)
-    tokens[..., -offset:, :] = tokens[..., -offset - width : -width, :]
+    tokens[..., learnt:, :] = tokens[..., learnt - width : -width, :]
     return tokens.view_as(features)
 
 
-def left_out(image: Image.Image, preprocessing: Preprocessing, seen: float = 1) -> dict[str, float]:
-    """The shares of an image's sides that a model does not see; empty for at most a pixel.
-
-    Args:
-        seen: the share of the preprocessed square's side that the model sees, from its centre.
-    """
+def left_out(image: Image.Image, preprocessing: Preprocessing) -> dict[str, float]:
+    """The share of its width or height that an image loses to a centre crop, if over a pixel."""
     if preprocessing.fit == "stretch":
         return {}
-    part = seen * min(image.size)
-    sizes = zip(("width", "height"), image.size, strict=True)
-    return {name: 1 - part / length for name, length in sizes if length - part > 1}
+    sizes, side = {"width": image.width, "height": image.height}, min(image.size)
+    return {name: 1 - side / length for name, length in sizes.items() if length - side > 1}
 
 
 def crop_report(images: Mapping[str, Mapping[str, float]]) -> str:
-    """A line on what centre crops left out of images, by name; empty if nothing.
-
-    Args:
-        images: name of each image -> ``left_out``.
-    """
+    """A line on what centre crops left out of images, by their names; empty if nothing."""
     cropped = {name: shares for name, shares in images.items() if shares}
     if not cropped:
         return ""

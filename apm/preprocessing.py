@@ -9,6 +9,11 @@ from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_CHOICES = {
+    "fit": ("crop", "stretch"),
+    "channels": ("RGB", "BGR"),
+    "scaling": ("unit", "min-max", "imagenet"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,41 +37,28 @@ class Preprocessing:
     token_offset: int = 0
 
     def __post_init__(self) -> None:
-        for name, choices in {
-            "fit": ("crop", "stretch"),
-            "channels": ("RGB", "BGR"),
-            "scaling": ("unit", "min-max", "imagenet"),
-        }.items():
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r:.80} must be one of {choices}")
-        for name, least in (("image_size", 1), ("token_offset", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} {value!r:.80} must be a whole number of at least {least}")
+        numbers = (self.image_size, self.token_offset)
+        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise ValueError(f"image_size and token_offset must be whole numbers, got {numbers}")
 
     def picture(self, image: Image.Image) -> Image.Image:
-        """Resize and crop an image of any size to ``image_size``, keeping its mode.
-
-        Label images (modes L, I and P) are resized with nearest-neighbour sampling through
-        ``labels`` instead.
-        """
-        return image.resize((self.image_size,) * 2, Image.Resampling.BICUBIC, box=self._box(image))
+        """Resize and crop a photograph of any size to ``image_size``."""
+        return self._cut(image, Image.Resampling.BICUBIC)
 
     def labels(self, mask: Image.Image) -> np.ndarray:
         """A label image cut and resized as its photograph is: ``(H, W)`` int64."""
-        side = (self.image_size,) * 2
-        return np.asarray(
-            mask.resize(side, Image.Resampling.NEAREST, box=self._box(mask)), np.int64
-        )
+        return np.asarray(self._cut(mask, Image.Resampling.NEAREST), np.int64)
 
-    def _box(self, image: Image.Image) -> tuple[float, float, float, float]:
-        # The crop is taken first, so that a 1 x 5000 image does not become 448 x 2,240,000.
+    def _cut(self, image: Image.Image, sampling: Image.Resampling) -> Image.Image:
         width, height = image.size
-        if self.fit == "stretch":
-            return (0, 0, width, height)
         side = min(width, height)
         left, top = (width - side) / 2, (height - side) / 2
-        return (left, top, left + side, top + side)
+        # The crop is taken first, so that a 1 x 5000 image does not become 448 x 2,240,000.
+        box = (left, top, left + side, top + side) if self.fit == "crop" else None
+        return image.resize((self.image_size,) * 2, sampling, box=box)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """An RGB image of any size -> ``(3, image_size, image_size)`` float32."""
@@ -75,10 +67,8 @@ class Preprocessing:
     def normalise(self, pixels: Tensor) -> Tensor:
         """``(..., 3, H, W)`` uint8 RGB -> the same in float32 and the checkpoint's colours."""
         colours = self.colours(pixels)
-        if self.scaling == "imagenet":
-            mean, std = self.statistics().to(colours.device)[..., None, None]
-            colours = (colours - mean) / std
-        return colours
+        mean, std = self.statistics().to(colours.device)[..., None, None]
+        return (colours - mean) / std
 
     def statistics(self) -> Tensor:
         """``(2, 3)``: what ``normalise`` subtracts from the ``colours``, and divides them by."""

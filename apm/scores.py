@@ -17,12 +17,7 @@ PCA_DIM = 32
 
 
 def pair_with_masks(images: Path, masks: Path) -> dict[str, tuple[Path, Path]]:
-    """Images of a folder that have a mask of their name in another: name -> image, mask.
-
-    Raises:
-        FileNotFoundError: if a folder is not there or empty.
-        ValueError: if no names agree.
-    """
+    """The images of a folder that have a mask of their name in another: name -> image, mask."""
     found = image_names(masks)
     pairs = {
         name: (path, found[name]) for name, path in image_names(images).items() if name in found
@@ -33,40 +28,31 @@ def pair_with_masks(images: Path, masks: Path) -> dict[str, tuple[Path, Path]]:
 
 
 def mask_labels(mask: Path, preprocessing: Preprocessing, patch_size: int) -> np.ndarray:
-    """The class of each of a model's locations, ``(N,)``, from the mask of an image.
+    """The majority class of a mask in each of a model's patches: ``(N,)`` int, row by row.
 
     Raises:
         UnreadableImage: if the mask cannot be read.
     """
-    return location_labels(preprocessing.labels(load_labels(mask)), patch_size)
-
-
-def location_labels(mask: np.ndarray, patch_size: int) -> np.ndarray:
-    """Majority label of each patch: ``(H, W)`` int -> ``(h * w,)``, row by row."""
-    height, width = mask.shape[0] // patch_size, mask.shape[1] // patch_size
-    tiles = mask.reshape(height, patch_size, width, patch_size).swapaxes(1, 2)
-    patches = tiles.reshape(height * width, patch_size**2)
-    return np.array([np.bincount(patch).argmax() for patch in patches])
+    labels = preprocessing.labels(load_labels(mask))  # (H, H)
+    side = len(labels) // patch_size
+    patches = labels.reshape(side, patch_size, side, patch_size).swapaxes(1, 2)
+    return np.array([np.bincount(patch).argmax() for patch in patches.reshape(side**2, -1)])
 
 
 def island_scores(
     features: np.ndarray, labels: np.ndarray, seed: int = 0
 ) -> tuple[float, float] | None:
-    """Cluster the locations with k-means and compare the clusters with the labels.
+    """Cluster the locations' features, ``(..., F)``, and compare the clusters with ``(N,)`` labels.
 
     Features are centred and reduced to 32 dimensions; k is the number of classes with at least 10
     locations; unlabelled locations (0) take part in the clustering but not in the comparison.
-
-    Args:
-        features: ``(..., F)`` float, N locations.
-        labels: ``(N,)`` int.
 
     Returns:
         Adjusted Rand index (at most 1, 0 by chance) and normalised mutual information (0..1);
         None where fewer than two classes are large enough.
     """
-    counts = np.bincount(labels[labels != UNLABELLED])
-    k = int((counts >= MIN_LOCATIONS).sum())
+    labelled = labels != UNLABELLED
+    k = int((np.bincount(labels[labelled]) >= MIN_LOCATIONS).sum())
     if k < 2:
         return None
     points = features.reshape(len(labels), -1)
@@ -74,7 +60,6 @@ def island_scores(
     if points.shape[1] > PCA_DIM:
         points = PCA(PCA_DIM, random_state=seed).fit_transform(points)
     clusters = KMeans(k, n_init=4, random_state=seed).fit_predict(points)
-    labelled = labels != UNLABELLED
     return (
         adjusted_rand_score(labels[labelled], clusters[labelled]),
         normalized_mutual_info_score(labels[labelled], clusters[labelled]),
@@ -84,11 +69,7 @@ def island_scores(
 def mean_scores(
     scored: Sequence[Mapping[str, tuple[float, float]]],
 ) -> dict[str, dict[str, float]]:
-    """Mean ARI and NMI of each kind of features over the pictures that could be scored.
-
-    Args:
-        scored: for each picture name -> ``island_scores``; empty if it could not be scored.
-    """
+    """Mean ``island_scores`` of each kind of features; pictures without any do not count."""
     rows = [row for row in scored if row]
     return {
         name: {

@@ -1,7 +1,4 @@
-"""Frozen dense teachers, and how models of timm are loaded with their weights.
-
-The teachers are the only place where images are normalised for a teacher and tokens are sliced.
-"""
+"""Frozen dense teachers: the one place where images are normalised for them and tokens sliced."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +17,7 @@ from apm.runtime.files import file_sha256
 
 DEFAULT_TEACHER = "vit_large_patch14_reg4_dinov2.lvd142m"
 WAY_OUT = "name a local file with --teacher-weights"
-HEADS = ("head", "head_dist", "fc_norm", "attn_pool")  # of a ViT: what follows its patch tokens
+HEADS = ("head", "head_dist", "fc_norm", "attn_pool")  # what follows a ViT's patch tokens
 
 
 @contextmanager
@@ -42,55 +39,53 @@ def timm_name(name: str) -> str:
 def sketch(name: str, **settings: Any) -> Any:
     """A model of timm on the meta device: shapes without numbers."""
     own_name = timm_name(name)
-    architecture = own_name.partition(".")[0]
+    architecture, _, tag = own_name.partition(".")
     if not timm.is_model(architecture):
         raise ValueError(f"teacher {name!r} is not a model of timm {timm.__version__}")
     tagged = timm.list_models(f"{architecture}.*", include_tags=True)
-    if "." in own_name and own_name not in tagged:
+    if tag and own_name not in tagged:
         raise ValueError(f"teacher {name!r}: timm has no such weights, but {', '.join(tagged)}")
     with torch.device("meta"):
         return timm.create_model(own_name, **settings)
 
 
 def load_timm(
-    name: str, weights: str | Path | None, unused: tuple[str, ...] = (), **settings: Any
+    name: str, weights: Path | None, unused: tuple[str, ...] = (), **settings: Any
 ) -> Any:
     """A model of timm with its weights, of which a file need not hold the ``unused`` parts."""
     if not weights:
         with refusing(f"teacher {name!r}: its weights could not be downloaded; {WAY_OUT}"):
             return timm.create_model(timm_name(name), pretrained=True, **settings)
-    if not Path(weights).is_file():
+    if not weights.is_file():
         raise FileNotFoundError(f"{weights}: no such teacher weights file")
     model = sketch(name, **settings)
-    is_vit = isinstance(model, VisionTransformer)
-    if not is_vit:  # others have buffers that no file holds
-        model = timm.create_model(timm_name(name), **settings)
     with refusing(f"{weights}: not weights of teacher {name!r}"):
         state = timm.models.load_state_dict(str(weights), weights_only=True)
-        # A ViT's positions are resized to another grid.
-        fit_weights(model, checkpoint_filter_fn(state, model) if is_vit else state, unused)
+        if isinstance(model, VisionTransformer):  # its positions are resized to another grid
+            state = checkpoint_filter_fn(state, model)
+        else:  # has buffers that no file holds
+            model = timm.create_model(timm_name(name), **settings)
+        fit_weights(model, state, unused)
     return model
 
 
-def identify(name: str | None = None, weights: str | Path | None = None) -> dict[str, str | None]:
+def identify(name: str, weights: Path | None) -> dict[str, str | None]:
     """A teacher's name and the SHA-256 of its weights, if they are a local file."""
     return {"teacher": name, "weights_sha256": file_sha256(weights) if weights else None}
 
 
 class DenseTeacher(nn.Module):
-    """Patch tokens of a frozen ViT on the student's grid (section 2 of the paper: DINOv2).
+    """Patch tokens of a frozen ViT's block, normed, on the student's grid (the paper's: DINOv2).
 
     The image is scaled so that one token stands for one location. With a ``margin`` it is first
     continued by that many patches on each side, mirrored, and the tokens of the margin are
     dropped: tokens at a ViT's border, above all in the corners, are often outliers.
 
     Attributes:
-        feature_dim: width of the patch tokens.
-        identity: the ViT's name and the SHA-256 of its local weights file.
+        block: its number from the front; negative numbers count from the end.
+        feature_dim: width of the tokens.
+        identity: as of ``identify``, if the ViT was loaded by its name.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self, vit: VisionTransformer, *, grid_size: int = 32, block: int = -1, margin: int = 0
@@ -100,10 +95,11 @@ class DenseTeacher(nn.Module):
             setattr(vit, part, nn.Identity())
         self.vit: Any = vit.float().eval().requires_grad_(False)
         self.grid_size, self.block, self.margin = grid_size, block_index(block, vit.blocks), margin
-        self.feature_dim, self.identity = vit.num_features, identify()
+        self.feature_dim = vit.num_features
+        self.identity: dict[str, str | None] = {}
         config = timm.data.resolve_model_data_config(vit)
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(config[name]).view(3, 1, 1), persistent=False)
+        self.mean = nn.Buffer(torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
+        self.std = nn.Buffer(torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
 
     def description(self) -> dict[str, Any]:
         """What decides the features, as plain values: kept with stores and checkpoints."""
@@ -112,14 +108,7 @@ class DenseTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Dense features of the images.
-
-        Args:
-            images: ``(B, 3, H, H)`` float, RGB in [0, 1], any ``H``.
-
-        Returns:
-            ``(B, grid_size**2, feature_dim)`` float32, row by row, after the ViT's final norm.
-        """
+        """``(B, 3, H, H)`` float RGB in [0, 1] -> ``(B, grid_size**2, F)`` float32, row by row."""
         patch = self.vit.patch_embed.patch_size[0]
         side, border = self.grid_size * patch, self.margin * patch
         if images.shape[-1] != side:
@@ -135,21 +124,11 @@ class DenseTeacher(nn.Module):
 
 
 def load_dense_teacher(
-    name: str,
-    weights: str | Path | None = None,
-    *,
-    grid_size: int = 32,
-    block: int = -1,
-    margin: int = 0,
+    name: str, weights: Path | None = None, *, grid_size: int = 32, block: int = -1, margin: int = 0
 ) -> DenseTeacher:
-    """Any plain ViT of timm as a dense teacher.
+    """Any plain ViT, by timm's name for it, as a dense teacher.
 
-    Args:
-        name: timm's model name, e.g. ``vit_large_patch14_reg4_dinov2.lvd142m``.
-        weights: a state dict in timm's or the original authors' format (``.pth``,
-            ``.safetensors``), with or without a head; default timm's own download.
-        block: the transformer block whose tokens are taken, negative from the end.
-        margin: patches by which the image is continued on each side.
+    ``weights`` is a state dict, timm's or the original authors'; default timm's own download.
     """
     vit = sketch(name)
     if not isinstance(vit, VisionTransformer):

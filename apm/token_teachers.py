@@ -1,9 +1,9 @@
 """Frozen teachers of one embedding an image, for test-time training: CLIPs and classifiers."""
 
-import functools
 import logging
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import timm
 import timm.data
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from apm.data.class_names import imagenet_index
@@ -26,22 +25,17 @@ class ClipTeacher(nn.Module):
     """CLIP: one embedding an image, compared with embeddings of sentences (section 3.2).
 
     Attributes:
-        clip: the clip package's or OpenCLIP's.
-        preprocess: PIL image -> ``(3, h, h)``, as this CLIP wants it.
+        preprocess: PIL image -> ``(3, h, h)``, as the teacher wants it.
         tokenize: sentences -> ``(n, length)``, cut where they are longer.
-        identity: the teacher's name and the SHA-256 of its local weights file.
+        identity: the teacher's, as of ``identify``.
     """
 
-    def __init__(
-        self,
-        clip: Any,
-        preprocess: Callable[[Image.Image], Tensor],
-        tokenize: Callable[..., Tensor],
-    ) -> None:
+    identity: dict[str, str | None]
+
+    def __init__(self, clip: Any, preprocess: Any, tokenize: Any) -> None:
         super().__init__()
         self.clip = clip.eval().requires_grad_(False)
         self.preprocess, self.tokenize = preprocess, tokenize
-        self.identity = identify()
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -74,19 +68,15 @@ class ClipTeacher(nn.Module):
 
 
 class ClassifierTeacher(nn.Module):
-    """A classifier of timm: its features are the embedding, its head's rows are the classes.
+    """A classifier of timm: its features are the embedding, its head's rows are the classes."""
 
-    Attributes:
-        preprocess: PIL image -> ``(3, h, h)``, as this classifier wants it.
-        identity: the classifier's name and the SHA-256 of its local weights file.
-    """
+    identity: dict[str, str | None]
 
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
         self.classifier: Any = classifier.float().eval().requires_grad_(False)
         config = timm.data.resolve_model_data_config(classifier)
         self.preprocess: Any = timm.data.create_transform(**config)
-        self.identity = identify()
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -109,77 +99,58 @@ class ClassifierTeacher(nn.Module):
 TokenTeacher = ClipTeacher | ClassifierTeacher
 
 
-def load_token_teacher(name: str, weights: str | Path | None = None) -> TokenTeacher:
-    """A teacher of one embedding an image.
+def load_token_teacher(name: str, weights: Path | None = None) -> TokenTeacher:
+    """A teacher by its name.
 
     Args:
-        name: a model of the clip package (``ViT-L/14``), a path that ``clip.load`` reads,
-            ``open_clip:MODEL/PRETRAINED`` (``open_clip:ViT-H-14-quickgelu/dfn5b``), or a
-            classifier of timm.
+        name: the clip package's (``ViT-L/14``), a file that ``clip.load`` reads, timm's of a
+            classifier, or ``open_clip:MODEL/PRETRAINED`` (``open_clip:ViT-H-14-quickgelu/dfn5b``).
         weights: of a classifier of timm; default timm's own download.
     """
+    teacher: TokenTeacher
     if timm.is_model(timm_name(name)):
-        return _load_classifier(name, weights)
-    if weights:
+        head = sketch(name).get_classifier()  # before a download
+        if not isinstance(head, nn.Linear) or head.bias is None or head.out_features != 1000:
+            raise ValueError(
+                f"teacher {name!r}: has no linear head of the 1000 classes of ImageNet-1k; a CLIP "
+                "goes by its name in the clip package or as open_clip:MODEL/PRETRAINED"
+            )
+        teacher = ClassifierTeacher(load_timm(name, weights))
+    elif weights:
         raise ValueError(f"weights {weights}: only for a classifier of timm, not for {name!r}")
-    load = _load_open_clip if name.startswith(OPEN_CLIP) else _load_clip
-    teacher, file = load(name)
-    if not all(tensor.isfinite().all() for tensor in teacher.state_dict().values()):
-        raise ValueError(f"teacher {name!r}: holds numbers that are not finite")
-    # A path is recorded by the file's name.
-    teacher.identity = identify(name.replace(str(file), file.name) if file else name, file)
+    else:
+        teacher, weights = _load_clip(name)
+        if not all(tensor.isfinite().all() for tensor in teacher.state_dict().values()):
+            raise ValueError(f"teacher {name!r}: holds numbers that are not finite")
+        if weights:  # recorded by the file's name
+            name = name.replace(str(weights), weights.name)
+    teacher.identity = identify(name, weights)
     return teacher
 
 
 def _load_clip(name: str) -> tuple[ClipTeacher, Path | None]:
-    """A CLIP of the clip package and its local file, if that is what the name is."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pkg_resources; and clip tries torch.jit.load first
-        import clip  # two seconds, with its tokenizer
-
-        file = None if name in clip.available_models() else Path(name)
-        if file and not file.is_file():
-            names = ", ".join(clip.available_models())
-            raise ValueError(
-                f"teacher {name!r}: no file, no model of timm, none of the clip package ({names})"
-            )
-        reason = "this file is no such CLIP" if file else "could not be had; name a local file"
-        with refusing(f"teacher {name!r}: {reason}"):
-            cache = str(cache_home() / "clip")
-            model, preprocess = clip.load(name, device="cpu", download_root=cache)
-    return ClipTeacher(model, preprocess, functools.partial(clip.tokenize, truncate=True)), file
-
-
-def _load_open_clip(name: str) -> tuple[ClipTeacher, Path | None]:
-    """OpenCLIP's ``open_clip:MODEL/TAG``, where a local file may take the place of the tag."""
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ValueError(f"teacher {name!r} needs: pip install open_clip_torch") from error
-    model_name, _, weights = name.removeprefix(OPEN_CLIP).partition("/")
-    if model_name not in (names := open_clip.list_models()):
-        raise ValueError(f"teacher {name!r}: no such model of OpenCLIP ({', '.join(names)})")
-    tags = open_clip.list_pretrained_tags_by_model(model_name)
-    file = None if weights in tags else Path(weights)
+    """A CLIP, and the local file that takes the place of a known name or tag."""
+    model_name, _, source = name.removeprefix(OPEN_CLIP).partition("/")
+    if is_open := name.startswith(OPEN_CLIP):
+        try:
+            import open_clip
+        except ImportError as error:
+            raise ValueError(f"teacher {name!r} needs: pip install open_clip_torch") from error
+        known = open_clip.list_pretrained_tags_by_model(model_name) or open_clip.list_models()
+    else:
+        with warnings.catch_warnings(action="ignore"):  # of pkg_resources
+            import clip  # two seconds, with its tokenizer
+        source, known = name, clip.available_models()
+    file = None if source in known else Path(source)
     if file and not file.is_file():
-        known = f"weights of {model_name} ({', '.join(tags)})"
-        raise ValueError(f"teacher {name!r}: no file, and none of the {known}")
+        raise ValueError(f"teacher {name!r}: no file, no model of timm, none of {', '.join(known)}")
     reason = "this file is no such CLIP" if file else "could not be had; name a local file"
-    with refusing(f"teacher {name!r}: {reason}"):
-        model, _, preprocess = open_clip.create_model_and_transforms(model_name, weights)
-        return ClipTeacher(model, preprocess, open_clip.get_tokenizer(model_name)), file
-
-
-def _load_classifier(name: str, weights: str | Path | None) -> ClassifierTeacher:
-    head = sketch(name).get_classifier()  # before a download
-    if not isinstance(head, nn.Linear) or head.bias is None or head.out_features != 1000:
-        raise ValueError(
-            f"teacher {name!r}: has no linear head of the 1000 classes of ImageNet-1k; a CLIP "
-            "goes by its name in the clip package or as open_clip:MODEL/PRETRAINED"
-        )
-    teacher = ClassifierTeacher(load_timm(name, weights))
-    teacher.identity = identify(name, weights)
-    return teacher
+    with refusing(f"teacher {name!r}: {reason}"), warnings.catch_warnings(action="ignore"):
+        if is_open:
+            model, _, preprocess = open_clip.create_model_and_transforms(model_name, source)
+            return ClipTeacher(model, preprocess, open_clip.get_tokenizer(model_name)), file
+        model, preprocess = clip.load(name, device="cpu", download_root=str(cache_home() / "clip"))
+        return ClipTeacher(model, preprocess, partial(clip.tokenize, truncate=True)), file
 
 
 def _require_distinct(names: Sequence[str], keys: Sequence[Hashable], what: str) -> None:

@@ -62,8 +62,8 @@ class TestTimeTrainer:
     """Trains a student on one image at a time, or many students on one image each.
 
     The defaults are the released settings. A step is a forward and a backward pass of the shared
-    MLP and Adam's update, and nothing else: the target is given, there is one copy of the image, no
-    RGB head, and the pooled output is computed without features or keys for each location.
+    MLP and Adam's update, and nothing else: one copy of the image, no RGB head, and no features or
+    keys for each location.
 
     Args:
         model: the student, with a pooled head; default the paper's. Its weights are redrawn.
@@ -84,10 +84,11 @@ class TestTimeTrainer:
         device: torch.device | str = "cpu",
     ) -> None:
         model = model or APM(APMConfig.tta())
-        if model.pooling is None:
-            raise ValueError("test-time training needs a student with pooling, got pooling None")
-        if iterations < 1:
-            raise ValueError(f"iterations {iterations} must be at least 1")
+        if model.pooling is None or iterations < 1:
+            raise ValueError(
+                "test-time training needs a student with pooling and at least one iteration, got "
+                f"pooling {model.config.pooling}, iterations {iterations}"
+            )
         self.iterations, self.learning_rate = iterations, learning_rate
         self.dtype, self.device = dtype, torch.device(device)
         self.model = model.to(self.device)
@@ -100,7 +101,7 @@ class TestTimeTrainer:
         with torch.no_grad():
             for name, parameter in self._student.named_parameters():
                 parameter.copy_(drawn[name][0])
-        self.optimizer, self.scheduler = self._optimizer(self._student.parameters())
+        self.optimizer = self._optimizer(self._student.parameters())
 
     def adapt(
         self,
@@ -114,8 +115,8 @@ class TestTimeTrainer:
         Args:
             image: ``(3, H, W)``, preprocessed.
             target: ``(F,)``, the teacher's embedding of the image.
-            features_at: after how many steps, besides all, the feature grid shall be kept.
-            on_step: called after each step, for a progress bar.
+            features_at: after how many steps, besides all, the features shall be kept.
+            on_step: called after each step.
         """
         if not set(features_at) <= set(range(self.iterations + 1)):
             raise ValueError(f"features_at {features_at}: there are {self.iterations} iterations")
@@ -130,7 +131,7 @@ class TestTimeTrainer:
                 on_step()
 
         answer = partial(self._student, images)
-        losses, pooled = self._run(answer, target[None], self.optimizer, self.scheduler, keep)
+        losses, pooled = self._run(answer, target[None], self.optimizer, keep)
         return Adaptation(losses[:, 0].tolist(), pooled[:, 0], kept)
 
     def adapt_many(self, images: Tensor, targets: Tensor, seeds: Sequence[int]) -> list[Adaptation]:
@@ -145,29 +146,26 @@ class TestTimeTrainer:
             return functional_call(self._student, weights, image[None])[0]
 
         answer, optimizer = partial(vmap(one), weights, images), self._optimizer(weights.values())
-        losses, pooled = self._run(answer, targets, *optimizer)
+        losses, pooled = self._run(answer, targets, optimizer)
         return [Adaptation(losses[:, k].tolist(), pooled[:, k], {}) for k in range(len(images))]
 
     def step(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of the student on ``(1, 3, H, W)`` and ``(1, F)``, both on its device.
+        """One step on ``(1, 3, H, W)`` and ``(1, F)``: loss ``(1,)`` and output before it."""
+        return self._step(partial(self._student, images), targets, self.optimizer)
 
-        Returns:
-            Loss ``(1,)`` and pooled output ``(1, F)`` before the step.
-        """
-        answer = partial(self._student, images)
-        return self._step(answer, targets, self.optimizer, self.scheduler)
-
-    def _optimizer(self, weights: Iterable[Tensor]) -> tuple[Adam, StepLR]:
+    def _optimizer(self, weights: Iterable[Tensor]) -> Adam:
+        """Adam, whose learning rate falls with its steps."""
         # Fused: one pass over 23 million parameters instead of a dozen.
         optimizer = Adam(weights, lr=self.learning_rate, fused=True)
-        return optimizer, StepLR(optimizer, DECAY_EVERY, DECAY)
+        schedule = StepLR(optimizer, DECAY_EVERY, DECAY)
+        optimizer.register_step_post_hook(lambda *_: schedule.step())
+        return optimizer
 
     def _run(
         self,
         answer: Callable[[], Tensor],
         targets: Tensor,
         optimizer: Adam,
-        scheduler: StepLR,
         on_step: Callable[[int], None] = lambda steps: None,
     ) -> tuple[Tensor, Tensor]:
         """Fit K students: losses ``(iterations, K)``, outputs ``(iterations + 1, K, F)``."""
@@ -176,7 +174,7 @@ class TestTimeTrainer:
         targets, losses, pooled = targets.to(self.device), [], []
         on_step(0)
         for steps in range(1, self.iterations + 1):
-            loss, output = self._step(answer, targets, optimizer, scheduler)
+            loss, output = self._step(answer, targets, optimizer)
             losses.append(loss)
             pooled.append(output)
             on_step(steps)
@@ -185,14 +183,13 @@ class TestTimeTrainer:
         return torch.stack(losses).cpu(), torch.stack(pooled).cpu()  # one copy, not two a step
 
     def _step(
-        self, answer: Callable[[], Tensor], targets: Tensor, optimizer: Adam, scheduler: StepLR
+        self, answer: Callable[[], Tensor], targets: Tensor, optimizer: Adam
     ) -> tuple[Tensor, Tensor]:
         pooled = self._answer(answer)  # (K, F)
         losses = (pooled - targets).square().mean(dim=1)  # (K,); students share no weight
         optimizer.zero_grad(set_to_none=True)
         losses.sum().backward()
         optimizer.step()
-        scheduler.step()
         return losses.detach(), pooled.detach()
 
     def _answer(self, answer: Callable[[], Tensor]) -> Tensor:

@@ -151,12 +151,12 @@ def training_data(device: torch.device, waits: list[float]) -> Iterator[Work]:
         yield Work("training data, one process", 0, lambda: [*read(0)], images=count)
 
         def train() -> None:
-            loader = iter(read(1))
+            loader = read(1)
             for _ in batches:
                 started = time.perf_counter()
-                batch = next(loader)
+                _, items = next(loader)
                 waits.append(time.perf_counter() - started)
-                trainer.step([batch.items])
+                trainer.step([items])
 
         name = "training, its data read by one worker"
         macs = 3 * count * mlp_macs(trainer.model.config)

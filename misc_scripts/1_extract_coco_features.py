@@ -15,14 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from apm.data.features import STORE_DTYPES, FeatureStore, StoreWriter
-from apm.data.images import (
-    PictureDataset,
-    Skipped,
-    UnreadableImage,
-    file_sizes,
-    image_names,
-    load_batches,
-)
+from apm.data.images import Skipped, file_sizes, image_names, load_batches
+from apm.data.training_set import TrainingSet
 from apm.preprocessing import Preprocessing
 from apm.runtime.cli import OUTPUTS, Results, command, make_parser
 from apm.runtime.device import precision, select_device
@@ -73,24 +67,21 @@ def extract(
     """Make this process's share of the store; no batch lies in two shards."""
     todo = shards_to_do(writer, args.verify)
     parts = [chunks(writer.shards[index], args.batch_size) for index in todo]
-    rows = {name: row for row, name in enumerate(images)}
+    dataset = TrainingSet(images, Preprocessing())  # without features, which are made here
+    rows = {name: row for row, name in enumerate(dataset.names)}
     batches = [[rows[name] for name in names] for part in parts for names in part]
-    dataset = PictureDataset(images.values(), Preprocessing())
-    loaded = iter(load_batches(dataset, batches, args.workers))
     device, skipped = teacher.mean.device, Skipped()
+    loaded = load_batches(dataset, batches, args.workers, skipped)
     with tqdm(total=sum(map(len, batches)), unit="image", disable=rank() > 0) as progress:
         for index, part in zip(todo, parts, strict=True):
             features: dict[str, Tensor] = {}
             for names in part:
-                batch = next(loaded)
-                for error in batch.errors:
-                    if not isinstance(error, UnreadableImage):
-                        raise error
-                    skipped.add(error)
-                if batch.rows:
+                found, items = next(loaded)
+                if found:
+                    pixels, _ = items
                     with precision(device, args.dtype):
-                        tokens = teacher(batch.items.to(device) / 255)
-                    features |= zip([names[row] for row in batch.rows], tokens, strict=True)
+                        tokens = teacher(pixels.to(device) / 255)
+                    features |= zip((dataset.names[row] for row in found), tokens, strict=True)
                 progress.update(len(names))
             lost = [name for name in writer.shards[index] if name not in features]
             writer.write(index, features, {name: skipped[str(images[name])] for name in lost})

@@ -6,8 +6,9 @@ islands over the picture.
 """
 
 import sys
+import time
 from argparse import Namespace
-from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +16,10 @@ from PIL import Image
 from torchvision.transforms.functional import center_crop
 from video_teacher import VideoTeacher, load_video_teacher
 
-from apm.data.images import Skipped, image_names, load_image
-from apm.drawing import draw_islands, islands_report
+from apm.data.images import Skipped, image_names, load_image, load_images
+from apm.drawing import save_islands
 from apm.islands import METHODS, island_colours
-from apm.predictor import View, left_out
+from apm.predictor import View, crop_report, left_out
 from apm.preprocessing import Preprocessing, to_pixels
 from apm.runtime.cli import FLAGS, OUTPUTS, Results, command, make_parser
 from apm.runtime.device import precision, seed_everything, select_device
@@ -45,18 +46,16 @@ def parse(argv: list[str] | None) -> Namespace:
     return parser.parse_args(argv)
 
 
-def look(teacher: VideoTeacher, image: Image.Image, *, device: torch.device, dtype: str) -> View:
+def look(teacher: VideoTeacher, image: Image.Image, device: torch.device, dtype: str) -> View:
     """The picture as the transformer sees it, and its tokens."""
     resized, seen = teacher.transforms.resize_size[0], teacher.transforms.crop_size[0]
     preprocessing = Preprocessing(image_size=resized)
     square = preprocessing.picture(image)
     with precision(device, dtype):
         tokens = teacher(to_pixels(square)[None].to(device))[0]
-    return View(
-        np.asarray(center_crop(square, [seen])),
-        tokens.cpu().numpy(),
-        left_out=left_out(image, preprocessing, seen / resized),
-    )
+    crop = left_out(image, preprocessing)
+    lost = {side: 1 - seen / resized * (1 - crop.get(side, 0)) for side in ("width", "height")}
+    return View(np.asarray(center_crop(square, [seen])), tokens.cpu().numpy(), lost)
 
 
 @command
@@ -72,19 +71,20 @@ def main(argv: list[str] | None = None) -> None:
     ).to(device)
     output = prepare_output(args.output)
     results = Results(args, device)
-    skipped = Skipped()
-    block = len(teacher.mvit.blocks) - 1  # those after it are cut off
-    images = draw_islands(
-        paths,
-        skipped,
-        partial(look, teacher, device=device, dtype=args.dtype),
-        partial(island_colours, method=args.method, seed=args.seed),
-        output,
-        label=f"islands after block {block}" + " (random weights)" * args.random_weights,
-        save_features=args.save_features,
-    )
-    results.save(output, images=images, skipped=skipped)
-    print(islands_report(images, skipped, output))
+    label = f"islands after block {teacher.block}" + " (random weights)" * args.random_weights
+    rows, skipped = [], Skipped()
+    for name, image in load_images(paths, skipped):
+        started = time.perf_counter()
+        view = look(teacher, image, device, args.dtype)
+        seconds = time.perf_counter() - started
+        row: dict[str, Any] = {"image": str(paths[name]), "query_seconds": seconds}
+        islands = island_colours(view.features, args.method, args.seed)
+        figure = output / f"{name}_islands.png"
+        rows.append(row | save_islands(figure, view, islands, label, arrays=args.save_features))
+    results.save(output, block=teacher.block, images=rows, skipped=skipped)
+    if line := crop_report({row["image"]: row["left_out"] for row in rows}):
+        print(line)
+    print(figure if len(paths) == 1 else f"{output}: {len(rows)} images, {len(skipped)} skipped")
 
 
 if __name__ == "__main__":

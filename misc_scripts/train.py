@@ -21,7 +21,7 @@ from training_run import Inputs, Progress, load_inputs
 
 from apm.checkpoint import save_model
 from apm.config import TrainConfig
-from apm.data.images import Reader, load_batches
+from apm.data.images import load_batches
 from apm.data.training_set import TrainingSet, epoch_batches
 from apm.distill import Distiller, NonFiniteError
 from apm.drawing import loss_figure
@@ -75,6 +75,7 @@ def blame(distiller: Distiller, images: TrainingSet, batch: list[int]) -> str:
     with torch.no_grad():
         for index in mine:
             pixels, features = (part[None] for part in images[index])
+            features = distiller.features(pixels, features)
             losses = distiller.losses(pixels, features, places, torch.tensor([True]))
             bad += [] if losses.isfinite().all() else [images.names[index]]
     if not bad:
@@ -118,12 +119,16 @@ def train(inputs: Inputs, args: Namespace, config: TrainConfig) -> list[dict[str
             batches = epoch_batches(len(training), batch_size, config.seed, epoch)
             batches = batches[distiller.steps_done - epoch * steps :]
             mine = [part for batch in batches for part in shares(batch, args.accumulate)]
-            reader = Reader(load_batches(training, mine, args.workers))
-            images, started = stop.between(reader, save_alone), time.perf_counter()
+            loaded = (items for _, items in load_batches(training, mine, args.workers))
+            images = stop.between(loaded, save_alone)
             title = f"epoch {epoch + 1}/{config.epochs}"
+            started, waited = time.perf_counter(), 0.0
             for batch in tqdm(batches, desc=title, unit="step", disable=rank() > 0):
+                asked = time.perf_counter()
+                read = list(islice(images, args.accumulate))
+                waited += time.perf_counter() - asked
                 try:
-                    losses = distiller.step(islice(images, args.accumulate))
+                    losses = distiller.step(read)
                 except NonFiniteError as error:
                     raise NonFiniteError(f"{error}; {blame(distiller, training, batch)}") from None
                 progress.loss_sums += losses
@@ -135,20 +140,20 @@ def train(inputs: Inputs, args: Namespace, config: TrainConfig) -> list[dict[str
             feature_loss, rgb_loss = (progress.loss_sums / steps).tolist()
             held_out = range(rank(), len(validation), world_size())
             eights = [held_out[i : i + 8] for i in range(0, len(held_out), 8)]
-            batches_held_out = Reader(load_batches(validation, eights, args.workers))
+            loaded = (items for _, items in load_batches(validation, eights, args.workers))
             row = {
                 "epoch": epoch + 1,
                 "train_feature_loss": feature_loss,
                 "train_rgb_loss": rgb_loss,
                 "images_per_second": len(batches) * batch_size / seconds,
-                "data_wait": reader.seconds / seconds,
-                **distiller.validate(stop.between(batches_held_out, save_alone)),
+                "data_wait": waited / seconds,
+                **distiller.validate(stop.between(loaded, save_alone)),
             }
             progress.end_epoch(row)
             if rank() == 0:
                 provenance = inputs.provenance | {"validation": row}
                 save_model(args.output / CHECKPOINT, model, provenance, torch.float16)
-                write_table(args.output / "history.csv", progress.history)
+                write_table(args.output / "history.csv", list(row), progress.history)
                 loss_figure(args.output / "loss.png", progress.history)
                 print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
             progress.save()  # last: it says that the epoch is over

@@ -16,13 +16,14 @@ class VideoTeacher(nn.Module):
     """Tokens of a still image after one of the 16 blocks (0..15) of torchvision's MViTv2-S.
 
     Attributes:
+        block: the number of that block.
         transforms: the model's own preprocessing: resized to ``transforms.resize_size``, of which
             the central ``transforms.crop_size`` is seen.
     """
 
     def __init__(self, mvit: MViT, block: int = 0) -> None:
         super().__init__()
-        self.transforms = KINETICS.transforms()
+        self.block, self.transforms = block, KINETICS.transforms()
         self.mvit = mvit.float().eval().requires_grad_(False)
         # What follows the block is not computed.
         self.mvit.blocks = mvit.blocks[: block + 1]

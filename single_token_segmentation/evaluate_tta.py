@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from evaluation import embed_set, image_row, row_columns, summarise
 from torch import Tensor
 from tta_setup import build, make_tta_parser
 
@@ -25,9 +26,9 @@ from apm.data.test_sets import (
     LabelledImages,
     doubtful_names,
     load_dataset,
+    read_batches,
     spread,
 )
-from apm.evaluation import embed_set, image_row, read_batches, row_columns, summarise
 from apm.runtime.cli import OUTPUTS, ROOT, Results, command, positive_int, positive_ints
 from apm.runtime.device import multiply_adds, seed_everything, select_device
 from apm.runtime.files import keep_settings, prepare_output

@@ -18,7 +18,7 @@ from tta_setup import build, embed, make_tta_parser
 
 from apm.data.class_names import CIFAR10_CLASSES, imagenet_names, load_templates
 from apm.data.images import load_image
-from apm.drawing import log_loss_figure, panels, save_gif, save_picture
+from apm.drawing import loss_figure, panels, save_gif, save_picture
 from apm.islands import island_series
 from apm.runtime.cli import OUTPUTS, ROOT, Results, command, positive_int
 from apm.runtime.device import seed_everything, select_device
@@ -108,9 +108,10 @@ def main(argv: list[str] | None = None) -> None:
     grids = {step: adapted.features_at[step].view(side, side, -1).numpy() for step in kept}
     picture = np.asarray(preprocessing.picture(image))
     figure = draw_series(output, picture, grids, args.seed)
-    log_loss_figure(output / "loss.png", adapted.losses)
-
     losses = adapted.losses
+    history = [{"iteration": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+    loss_figure(output / "loss.png", history, ["loss"], steps="iteration")
+
     logits = teacher.logits(torch.stack([target, adapted.pooled]), classes)
     probabilities = {
         name: dict(zip(class_names, row, strict=True))

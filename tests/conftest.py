@@ -15,7 +15,7 @@ from apm import APM, APMConfig, save_model
 from apm.preprocessing import Preprocessing
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("tests", "misc_scripts", "misc_scripts/bundled")
+FOLDERS = ("tests", "misc_scripts", "misc_scripts/bundled", "single_token_segmentation")
 sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
 torch.set_num_threads(2)
 

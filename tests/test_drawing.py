@@ -42,14 +42,14 @@ def test_pictures_are_enlarged_without_smoothing():
 
 def test_a_row_of_islands_says_what_is_a_centre_crop():
     features = np.zeros((4, 4, 8), np.float32)
-    whole = island_row(Percept(PICTURE, features, ISLANDS), ISLANDS)
+    whole = island_row(Percept(PICTURE, features, {}, ISLANDS), ISLANDS)
     assert list(whole) == [
         "input",
         "RGB reconstruction",
         "islands of agreement",
         "islands over input",
     ]
-    cut = island_row(View(PICTURE, features, left_out={"width": 0.5}), ISLANDS, "islands (block 3)")
+    cut = island_row(View(PICTURE, features, {"width": 0.5}), ISLANDS, "islands (block 3)")
     assert list(cut) == ["input (centre crop)", "islands (block 3)", "islands over input"]
     assert input_label("A", {}) == "A"
 
@@ -76,4 +76,7 @@ def test_the_same_history_is_drawn_to_the_same_bytes(tmp_path, columns):
     history = [{"epoch": n} | dict.fromkeys((*columns, "rgb_loss"), 1 / n) for n in (1, 2, 3)]
     for name in ("a.png", "b.png"):
         loss_figure(tmp_path / name, history)
+    loss_figure(tmp_path / "c.png", history, ["rgb_loss"])
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    with Image.open(tmp_path / "a.png") as two, Image.open(tmp_path / "c.png") as one:
+        assert two.height == one.height and two.width > 1.5 * one.width

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from apm import islands
 from apm.islands import METHODS, island_colours, island_series, principal_components
 
 
@@ -13,9 +14,10 @@ def two_islands(side=12, width=20, noise=0.05):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_like_features_get_like_colours(method):
+def test_like_features_get_like_colours(method, monkeypatch):
+    monkeypatch.setattr(islands, "CLUSTERS", 2)
     features, labels = two_islands()
-    colours = island_colours(features, method, clusters=2)
+    colours = island_colours(features, method)
     assert colours.shape == (12, 12, 3) and colours.dtype == np.float32
     assert colours.min() >= 0 and colours.max() <= 1
     one, other = colours[labels == 0], colours[labels == 1]

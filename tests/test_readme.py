@@ -44,7 +44,7 @@ RUN = {
     "python single_token_segmentation/train_tta.py --input assets/cat.jpg --classes cat,dog,frog": (
         Run("--teacher clip.pt --iterations 1 --every 1")
     ),
-    "python single_token_segmentation/train_tta.py --dataset cifar10 --download --limit 30": (
+    "python single_token_segmentation/evaluate_tta.py --dataset cifar10 --download --limit 30": (
         Run("--dataset imagefolder --data-root set --teacher clip.pt --iterations 1 --report-at 1")
     ),
     "python misc_scripts/make_corruptions.py --input cifar10_test --layout npy --parameters cifar "
@@ -64,10 +64,10 @@ RUN = {
     "--resume": (
         Run(
             "--input outputs/resize_coco_images --features outputs/1_extract_coco_features "
-            "--trunk-widths 24,16 --epochs 1 --validation-images 1 --locations 32 --workers 0"
+            "--model small --epochs 1 --validation-images 1 --locations 32 --workers 0"
         )
     ),
-    "python predict_test_image.py --checkpoint outputs/train/apm.pth": PCA,
+    "python predict_test_image.py --checkpoint outputs/train/apm.safetensors": PCA,
     "python flop_analysis/count_flops.py": Run("--repeats 1", slow=True),
     "python flop_analysis/count_parameters.py": Run(),
     "python flop_analysis/count_memory.py": Run(slow=True),

@@ -238,9 +238,10 @@ def test_what_killed_runs_left_is_swept_away_and_nothing_else(tmp_path):
         (tmp_path / "other" / name).touch()
     prepare_output(tmp_path)
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    kept = {"sub/.hidden", "sub/a.part", "sub/x.jpg", f"other/{LOCK}", f"other/{stale}"}
+    kept = {"sub/a.png", "sub/.hidden", "sub/a.part", "sub/x.jpg"}
+    kept |= {f"other/{LOCK}", f"other/{stale}"}
     assert left == kept | {LOCK}
-    assert find_images(tmp_path) == [tmp_path / "sub" / "x.jpg"]
+    assert find_images(tmp_path) == [tmp_path / "sub" / name for name in ("a.png", "x.jpg")]
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from apm.data.images import UnreadableImage
 from apm.preprocessing import Preprocessing
 from apm.scores import (
     island_scores,
-    location_labels,
     mask_labels,
     mean_scores,
     pair_with_masks,
@@ -35,12 +34,14 @@ def test_unlabelled_places_and_small_classes_do_not_count():
     assert island_scores(features, np.where(labels == 2, 0, 1)) is None
 
 
-def test_a_patch_has_its_majoritys_label():
-    mask = np.zeros((28, 42), int)
+def test_a_patch_has_its_majoritys_label(tmp_path):
+    mask = np.zeros((42, 42), np.uint8)
     mask[:14, :14] = 5
     mask[:14, 14:20] = 7
-    mask[14:, 30:] = 200
-    assert location_labels(mask, 14).tolist() == [5, 0, 0, 0, 0, 200]
+    mask[14:28, 30:] = 200
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    labels = mask_labels(tmp_path / "mask.png", Preprocessing(image_size=42), 14)
+    assert labels.tolist() == [5, 0, 0, 0, 0, 200, 0, 0, 0]
 
 
 def test_labels_of_a_mask_are_those_of_the_crop(tmp_path):

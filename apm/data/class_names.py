@@ -12,28 +12,13 @@ from apm.runtime.files import ROOT
 SINGLE = ("a photo of a {}",)  # the released script's
 CLIP80 = ROOT / "single_token_segmentation" / "clip80.txt"
 CIFAR10_CLASSES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
 )
 EUROSAT_CLASSES = (
-    "annual crop land",
-    "forest",
-    "herbaceous vegetation land",
-    "highway or road",
-    "industrial buildings",
-    "pasture land",
-    "permanent crop land",
-    "residential buildings",
-    "river",
-    "sea or lake",
+    *("annual crop land", "forest", "herbaceous vegetation land", "highway or road"),
+    *("industrial buildings", "pasture land", "permanent crop land", "residential buildings"),
+    *("river", "sea or lake"),
 )
 _imagenet = functools.cache(timm.data.ImageNetInfo)
 
@@ -41,13 +26,8 @@ _imagenet = functools.cache(timm.data.ImageNetInfo)
 def load_templates(choice: str) -> tuple[str, ...]:
     """Templates with ``{}`` where the class name goes.
 
-    Args:
-        choice: ``"single"``, ``"clip80"`` (CLIP's 80 for ImageNet, of which the paper's accuracies
-            are) or a text file with one template a line.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is no text or a line has not exactly one ``{}``.
+    ``choice``: ``"single"``, ``"clip80"`` (CLIP's 80 for ImageNet, behind the paper's accuracies),
+    or a text file with one template a line.
     """
     if choice == "single":
         return SINGLE
@@ -103,16 +83,9 @@ def _imagenet_indices() -> dict[str, int]:
 
 
 def imagenet_index(name: str) -> int:
-    """The index of an ImageNet-1k class, by its name, one of its synonyms or its WordNet id.
-
-    Raises:
-        ValueError: if there is no such class.
-    """
-    indices = _imagenet_indices()
-    key = name.lower().replace("_", " ")
+    """The index of an ImageNet-1k class, by its name, one of its synonyms or its WordNet id."""
+    indices, key = _imagenet_indices(), name.lower().replace("_", " ")
     if key not in indices:
         near = difflib.get_close_matches(key, indices, n=3)
-        raise ValueError(
-            f"{name!r} is no class of ImageNet-1k" + f" (near: {', '.join(near)})" * bool(near)
-        )
+        raise ValueError(f"{name!r} is no class of ImageNet-1k (near: {', '.join(near) or 'none'})")
     return indices[key]

@@ -45,10 +45,8 @@ def unpack(packed: Mapping[str, Tensor]) -> Tensor:
 class StoreWriter:
     """Makes a store, or goes on with one, shard by shard; one of other settings is refused.
 
-    Args:
-        folder: of the store.
-        meta: how features are made; ``grid_size``, ``feature_dim`` and ``store_dtype`` among it.
-        sizes: the names of all images and their sizes in bytes.
+    ``meta`` says how features are made, ``grid_size``, ``feature_dim`` and ``store_dtype`` among
+    it; ``sizes`` are the names of all images and their sizes in bytes.
     """
 
     def __init__(self, folder: Path, meta: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
@@ -60,11 +58,7 @@ class StoreWriter:
         self.paths = [folder / f"{index:06d}.safetensors" for index in range(len(self.shards))]
 
     def is_done(self, index: int, verify: bool = False) -> bool:
-        """Whether a shard is there; ``verify`` compares its content with its checksum.
-
-        Raises:
-            ValueError: if it is there, but damaged.
-        """
+        """Whether a shard is there; a ``ValueError`` if it is damaged, or its checksum differs."""
         path = self.paths[index]
         if not path.is_file():
             return False
@@ -78,10 +72,8 @@ class StoreWriter:
     def write(self, index: int, features: Mapping[str, Tensor], skipped: Mapping[str, str]) -> None:
         """Write a shard; features that are not finite, or of a cosine below 0.999, are refused.
 
-        Args:
-            index: of the shard.
-            features: ``(N, F)`` float32 by image name, on any device.
-            skipped: why the shard's other images could not be read, by name.
+        ``features`` are ``(N, F)`` float32 by image name, on any device; ``skipped`` says why the
+        shard's other images could not be read.
         """
         dtype, layout = self.meta["store_dtype"], _layout(self.meta, len(features))
         tensors = {part: torch.empty(shape, dtype=kind) for part, (kind, shape) in layout.items()}
@@ -108,8 +100,8 @@ class FeatureStore:
 
     Attributes:
         meta: the content of ``store.json``.
-        sizes: names of the images with features, and the sizes in bytes of their files.
-        skipped: names of the images that could not be read, and why.
+        sizes: image -> size of its file in bytes.
+        skipped: image that could not be read -> why.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -148,7 +140,6 @@ class NpyStore:
         if not names:
             raise FileNotFoundError(f"{folder}: no features; run 1_extract_coco_features.py")
         self.sizes: dict[str, int | None] = dict.fromkeys(names)
-        self.skipped: dict[str, str] = {}
         shape = read_array(self.folder / f"{names[0]}.npy", mmap_mode="r").shape or (0,)
         self.meta = {"grid_size": math.isqrt(shape[0]), "feature_dim": shape[-1]}
         self.read(names[0])

@@ -1,37 +1,30 @@
 """Test sets of labelled images, by torchvision's own loaders and layouts."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import ConcatDataset, Dataset
+from torch import Tensor
+from torch.utils.data import Dataset
 from torchvision import datasets
+from tqdm import tqdm
 
 from apm.data.class_names import CIFAR10_CLASSES, EUROSAT_CLASSES, readable
-from apm.data.images import UnreadableImage, find_classes, load_image
+from apm.data.images import Skipped, UnreadableImage, find_classes, load_batches, load_image
 from apm.runtime.files import dated_sha256, read_array
 
 
-class FolderImages(Dataset):
+class FolderImages(list[tuple[Path, int]]):
     """Images in one folder a class; labels are in the order of the folders' names."""
 
     def __init__(self, root: Path) -> None:
         found = find_classes(root)
         self.classes = list(found)
-        self.samples = [
-            (path, label) for label, paths in enumerate(found.values()) for path in paths
-        ]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path, label = self.samples[index]
-        return load_image(path), label
+        super().__init__((path, at) for at, paths in enumerate(found.values()) for path in paths)
 
 
 def _eurosat(root: Path, download: bool) -> FolderImages:
@@ -40,8 +33,7 @@ def _eurosat(root: Path, download: bool) -> FolderImages:
     return FolderImages(root / "eurosat" / "2750")  # torchvision takes hidden folders for classes
 
 
-# Name -> folder of its files below the root, loader, and the split on which accuracies are
-# reported: the whole set where torchvision has no split.
+# Name -> folder of its files below the root, loader, and the split that accuracies are reported on.
 TORCHVISION: dict[str, tuple[str, Callable[..., Any], dict[str, Any]]] = {
     "cifar10": ("cifar-10-batches-py", datasets.CIFAR10, {"train": False}),
     "cifar100": ("cifar-100-python", datasets.CIFAR100, {"train": False}),
@@ -72,10 +64,9 @@ class LabelledImages(Dataset):
     """A test set: pairs of an RGB image and its label.
 
     Attributes:
-        name: what it is, for tables.
-        images: pairs of a PIL image of any mode and a label.
-        class_names: a label is an index into them; as a sentence would have them.
-        files_sha256: changes with the set's files, by their names, sizes and dates.
+        images: pairs of an image (of Pillow, a path, or ``(H, W, 3)`` uint8) and a label.
+        class_names: what the labels count, as a sentence would have it.
+        files_sha256: changes with the names, sizes and dates of the set's files.
     """
 
     name: str
@@ -87,46 +78,19 @@ class LabelledImages(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """One image.
-
-        Raises:
-            UnreadableImage: if it cannot be read.
-        """
+        """One pair, or ``UnreadableImage``."""
         try:
             image, label = self.images[index]
-            return image.convert("RGB"), label
+            if isinstance(image, Path):
+                image = load_image(image)
+            elif isinstance(image, np.ndarray):
+                image = Image.fromarray(image)
+            return image.convert("RGB"), int(label)
         except UnreadableImage:
             raise
         except Exception as error:  # decoders raise many types
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UnreadableImage(f"{self.name}, image {index}", reason) from error
-
-
-class CorruptedCIFAR10(Dataset):
-    """One corruption of CIFAR-10-C at one severity: a fifth of the rows of its ``.npy`` file."""
-
-    def __init__(self, root: Path, corruption: str, severity: int) -> None:
-        try:
-            images = read_array(root / f"{corruption}.npy", mmap_mode="r")
-            labels = read_array(root / "labels.npy")
-        except ValueError as error:
-            raise ValueError(f"{root}: no CIFAR-10-C with {corruption} there ({error})") from error
-        sound = images.ndim == 4 and images.shape[-1] == 3 and images.dtype == np.uint8
-        sound &= labels.shape == images.shape[:1] and len(labels) % 5 == 0
-        if not sound or not np.isin(labels, range(len(CIFAR10_CLASSES))).all():
-            raise ValueError(
-                f"{root}: {corruption}.npy is {images.dtype} {images.shape} with labels "
-                f"{labels.shape}, expected five severities of uint8 (N, H, W, 3) and labels 0 to 9"
-            )
-        count = len(images) // 5
-        rows = slice((severity - 1) * count, severity * count)
-        self.images, self.labels = images[rows], labels[rows]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]), int(self.labels[index])
 
 
 def load_dataset(
@@ -140,9 +104,6 @@ def load_dataset(
         download: let torchvision fetch what is missing.
         corruption: of CIFAR-10-C, or ``"all"`` of its 15, one after the other.
         severity: of CIFAR-10-C, 1..5.
-
-    Raises:
-        ValueError: if the data are not there or not in the expected layout.
     """
     if name == "cifar10c":
         return _cifar10c(root, corruption, severity)
@@ -155,20 +116,32 @@ def load_dataset(
         raise ValueError(f"{root}: no {name} there ({reason}); see --data-root{hint}") from error
     files: Iterable[Path] = (root / folder).rglob("*")
     if name == "imagefolder":
-        files = [path for path, _ in images.samples]
+        files = [path for path, _ in images]
     names = images.categories if name == "caltech101" else images.classes
     class_names = EUROSAT_CLASSES if name == "eurosat" else tuple(map(readable, names))
     return LabelledImages(name, images, class_names, _identity(files, root))
 
 
 def _cifar10c(root: Path, corruption: str, severity: int) -> LabelledImages:
+    """CIFAR-10-C at one severity: a fifth of the rows of each corruption's file."""
     if not 1 <= severity <= 5:
         raise ValueError(f"severity {severity} must be in 1..5")
-    chosen = CORRUPTIONS if corruption == ALL else (corruption,)
-    images: Any = ConcatDataset([CorruptedCIFAR10(root, part, severity) for part in chosen])
-    files = [root / "labels.npy", *(root / f"{part}.npy" for part in chosen)]
-    title = f"cifar10c-{corruption}-{severity}"
-    return LabelledImages(title, images, CIFAR10_CLASSES, _identity(files, root))
+    files = [root / f"{part}.npy" for part in (CORRUPTIONS if corruption == ALL else [corruption])]
+    labels = read_array(root / "labels.npy")
+    pairs: list[tuple[np.ndarray, int]] = []
+    for file in files:
+        images = read_array(file, mmap_mode="r")
+        sound = images.ndim == 4 and images.shape[-1] == 3 and images.dtype == np.uint8
+        sound &= labels.shape == images.shape[:1] and len(labels) % 5 == 0
+        if not sound or not np.isin(labels, range(len(CIFAR10_CLASSES))).all():
+            raise ValueError(
+                f"{file} is {images.dtype} {images.shape} with labels {labels.shape}, expected "
+                "five severities of uint8 (N, H, W, 3) and labels 0 to 9"
+            )
+        rows = (np.split(array, 5)[severity - 1] for array in (images, labels))
+        pairs.extend(zip(*rows, strict=True))
+    identity = _identity([root / "labels.npy", *files], root)
+    return LabelledImages(f"cifar10c-{corruption}-{severity}", pairs, CIFAR10_CLASSES, identity)
 
 
 def _identity(files: Iterable[Path], root: Path) -> str:
@@ -185,3 +158,34 @@ def spread(count: int, limit: int | None) -> list[int]:
     """Indices of at most ``limit`` of ``count`` images, evenly spread: sets are sorted by class."""
     chosen = min(count, limit or count)
     return [index * count // chosen for index in range(chosen)]
+
+
+class _Prepared(Dataset):
+    def __init__(self, data: LabelledImages, prepare: Callable[[Image.Image], Tensor]) -> None:
+        self.data, self.prepare = data, prepare
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.data[index]
+        return self.prepare(image), label
+
+
+def read_batches(
+    data: LabelledImages,
+    prepare: Callable[[Image.Image], Tensor],
+    indices: Sequence[int],
+    batch_size: int,
+    skipped: Skipped,
+    workers: int = 0,
+    title: str | None = None,
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Images of a test set, prepared to ``(3, h, w)``, in batches, with a progress bar.
+
+    Yields, of what can be read of a batch: indices, images ``(B, 3, h, w)`` and labels ``(B,)``.
+    """
+    batches = [indices[at : at + batch_size] for at in range(0, len(indices), batch_size)]
+    reader = load_batches(_Prepared(data, prepare), batches, workers, skipped)
+    with tqdm(total=len(indices), desc=title, unit="image", disable=not indices) as progress:
+        for batch, (found, items) in zip(batches, reader, strict=True):
+            if found:
+                yield found, *items
+            progress.update(len(batch))

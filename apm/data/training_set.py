@@ -17,16 +17,12 @@ from apm.runtime.device import generator_at
 
 
 class TrainingSet(Dataset):
-    """Images with their teacher features, cropped and flipped alike.
+    """Images ``(3, H, W)`` uint8 RGB and their teacher features ``(N, F)`` float16, row by row.
 
-    An item is the image ``(3, H, W)`` uint8 RGB and its features ``(N, F)`` float16, row by row;
-    without a store the features are empty, for the teacher to make from the image. With
+    Without a store the features are empty, for the teacher to make from the image. With
     ``augment``, half of the pictures are cropped to a random square of at least half the side and
-    resized to the full size, and half are flipped; the features are sampled at the crop's
-    locations. The crop is a function of seed, ``epoch`` and index.
-
-    Raises:
-        UnreadableImage: from ``[...]``, if the image cannot be read.
+    resized to the full size, and half are flipped, features alike. The crop is a function of seed,
+    ``epoch`` and index. An image that cannot be read raises ``UnreadableImage``.
     """
 
     def __init__(
@@ -63,24 +59,13 @@ class TrainingSet(Dataset):
 def crop_features(
     features: Tensor, left: float, top: float, side: float, flip: bool = False
 ) -> Tensor:
-    """Features of a square crop, from those of the whole picture by bilinear sampling.
+    """Features of a square crop, sampled from those of the whole picture: ``(N, F)``, row by row.
 
-    Args:
-        features: ``(N, F)`` on a square grid, row by row.
-        left, top, side: the crop, as shares of the picture's side.
-        flip: whether the crop is mirrored, left to right.
-
-    Returns:
-        ``(N, F)``: the crop's own grid.
+    ``left``, ``top`` and ``side`` are shares of the picture's side; ``flip`` mirrors left to right.
     """
     grid_size = round(len(features) ** 0.5)
-    theta = torch.tensor(
-        [
-            [-side if flip else side, 0, 2 * left + side - 1],
-            [0, side, 2 * top + side - 1],
-        ],
-        dtype=torch.float32,
-    )
+    across = [-side if flip else side, 0, 2 * left + side - 1]
+    theta = torch.tensor([across, [0, side, 2 * top + side - 1]], dtype=torch.float32)
     grid = F.affine_grid(theta[None], [1, 1, grid_size, grid_size], align_corners=False)
     maps = features.T.reshape(1, -1, grid_size, grid_size)
     cropped = F.grid_sample(maps, grid, padding_mode="border", align_corners=False)
@@ -97,18 +82,10 @@ def training_sets(
     augment: bool,
     seed: int,
 ) -> tuple[TrainingSet, TrainingSet]:
-    """Images for training and for validation, drawn by the seed from those that have features.
+    """At most ``limit`` images, drawn by the seed from those that the store has features of.
 
-    Args:
-        images: by name.
-        preprocessing: of the pictures.
-        store: of features; None where the teacher makes them.
-        held_out: how many are for validation.
-        limit: how many are taken in all; None for all.
-        augment: whether the training images are cropped and flipped.
-
-    Raises:
-        ValueError: if there are too few, or an image is not the one that a feature was made of.
+    ``held_out`` of them are for validation. It is a ``ValueError`` if there are no others, or if an
+    image has not the size of the one that its features were made of.
     """
     if store:
         images = {name: path for name, path in images.items() if name in store.sizes}
@@ -145,9 +122,7 @@ def feature_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation ``(F,)`` of the features of some images.
 
-    Args:
-        dataset: images and features.
-        teacher: makes the features of ``(1, 3, H, W)`` in [0, 1] where the data set has none.
+    Where the data set has none, ``teacher`` makes them of ``(1, 3, H, W)`` in [0, 1].
     """
     sample = []
     for index in range(min(64, len(dataset))):

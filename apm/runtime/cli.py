@@ -8,10 +8,8 @@ import os
 import platform
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -23,6 +21,7 @@ from apm.runtime.device import device_name, is_out_of_memory
 from apm.runtime.files import ROOT, release_outputs, write_json
 
 OUTPUTS = ROOT / "outputs"
+CHECKPOINT = ROOT / "checkpoints" / "apm_small.safetensors"
 Item = TypeVar("Item")
 
 
@@ -40,35 +39,24 @@ def positive_ints(text: str) -> tuple[int, ...]:
 
 
 def worker_count(text: str) -> int:
-    """An argparse type: a number of processes, no more than there are cores."""
-    value, cores = int(text), os.cpu_count() or 1
+    """An argparse type: a whole number of at least 0, cut to the number of cores."""
+    value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} must be at least 0")
-    return min(value, cores)
+    return min(value, os.cpu_count() or 1)
 
 
+DEVICES, DTYPES = ("auto", "cpu", "cuda", "mps"), ("float32", "bfloat16")
 FLAGS: dict[str, dict[str, Any]] = {
-    "--checkpoint": {
-        "type": Path,
-        "default": ROOT / "checkpoints" / "apm_small.safetensors",
-        "help": "this project's or a released checkpoint",
-    },
+    "--checkpoint": {"type": Path, "default": CHECKPOINT, "help": "ours or a released one"},
     "--input": {"type": Path, "help": "image file, or folder searched for images"},
     "--output": {"type": Path, "help": "folder for the results"},
     "--teacher": {"help": "dense teacher: a ViT by timm's name"},
     "--teacher-weights": {"type": Path, "help": "teacher's weights file instead of a download"},
     "--teacher-block": {"type": int, "help": "teacher's block to take tokens from, -1 the last"},
     "--teacher-margin": {"type": int, "help": "patches by which images are mirrored outwards"},
-    "--device": {
-        "choices": ("auto", "cpu", "cuda", "mps"),
-        "default": "auto",
-        "help": "where to run",
-    },
-    "--dtype": {
-        "choices": ("float32", "bfloat16"),
-        "default": "float32",
-        "help": "precision of matrix products",
-    },
+    "--device": {"choices": DEVICES, "default": "auto", "help": "where to run"},
+    "--dtype": {"choices": DTYPES, "default": "float32", "help": "precision of matrix products"},
     "--seed": {"type": int, "default": 0, "help": "seed of all randomness"},
     "--chunk-size": {"type": positive_int, "help": "locations answered at a time (default: all)"},
     "--batch-size": {"type": positive_int, "default": 8, "help": "images at a time"},
@@ -76,7 +64,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--workers": {
         "type": worker_count,
         "default": 0,
-        "help": "processes that read images, at most one a core",
+        "help": "processes or threads that read images, at most one a core",
     },
 }
 
@@ -86,11 +74,17 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's lines; shows every default that is not None."""
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's lines; shows defaults, paths from the repository's root on."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        default = action.default
+        if default is None or default is False or default == argparse.SUPPRESS:
+            return action.help
+        if isinstance(default, (list, tuple)):
+            default = (" " if action.nargs else ",").join(map(str, default))
+        text = str(default).replace(f"{ROOT}{os.sep}", "").replace("%", "%%")
+        return f"{action.help} (default: {text})"
 
 
 def make_parser(description: str, *flags: str, **defaults: Any) -> argparse.ArgumentParser:
@@ -105,19 +99,13 @@ def make_parser(description: str, *flags: str, **defaults: Any) -> argparse.Argu
 def add_fields(parser: argparse.ArgumentParser, fields: type) -> None:
     """A flag for each field of a dataclass: its default, and what argparse wants as metadata."""
     for field in dataclasses.fields(fields):
-        default: Any = field.default
-        flag, kind = "--" + field.name.replace("_", "-"), {"type": type(default)}
-        if isinstance(default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(flag, default=default, **kind, **field.metadata)
+        kind = {"action": "store_true"} if field.default is False else {"type": field.type}
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, default=field.default, **kind, **field.metadata)
 
 
 def take_fields(fields: type, args: argparse.Namespace) -> Any:
-    """The dataclass that ``add_fields``'s flags fill.
-
-    Raises:
-        ValueError: as its constructor does.
-    """
+    """The dataclass that ``add_fields``'s flags fill, or the ``ValueError`` of its constructor."""
     return fields(**{field.name: getattr(args, field.name) for field in dataclasses.fields(fields)})
 
 
@@ -132,26 +120,22 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
 class Stop:
     """In its block Ctrl-C and SIGTERM are only noted, for a loop to look at between its steps.
 
-    A second signal ends the program at once. Without a main thread there are no signals to note.
+    A second signal ends the program at once.
 
     Attributes:
-        requested: whether a signal came.
+        requested: what came.
     """
 
-    def __init__(self) -> None:
-        self.requested: type[KeyboardInterrupt] | None = None
-        self._former: dict[int, Any] = {}
+    requested: type[KeyboardInterrupt] | None = None
 
     def __enter__(self) -> "Stop":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._former[number] = signal.signal(number, self._note)
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self._former = {number: signal.signal(number, self._note) for number in signals}
         return self
 
     def __exit__(self, *_: object) -> None:
-        while self._former:
-            number, handler = self._former.popitem()
-            signal.signal(number, handler or signal.SIG_DFL)  # None: not set from Python
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = Terminated if number == signal.SIGTERM else KeyboardInterrupt
@@ -166,23 +150,6 @@ class Stop:
             yield item
 
 
-@contextmanager
-def _orderly() -> Iterator[None]:
-    """SIGTERM becomes an exception; on the way out stdout is emptied and outputs are given up."""
-    main_thread = threading.current_thread() is threading.main_thread()
-    former = signal.signal(signal.SIGTERM, _terminate) if main_thread else None
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
-    try:
-        yield
-    finally:
-        release_outputs()
-        if main_thread:
-            signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-
-
 def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
     """Make ``main`` return an exit status and say on one line of stderr why it failed.
 
@@ -192,9 +159,16 @@ def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
+        former = signal.signal(signal.SIGTERM, _terminate)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
         try:
-            with _orderly():
+            try:
                 main(argv)
+            finally:
+                release_outputs()
+                signal.signal(signal.SIGTERM, former)
+                print(end="", flush=True)  # while an error can still be reported
         except BrokenPipeError:
             # What is left in the buffer has no reader: Python shall not try again at its exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -223,8 +197,7 @@ def _reason(error: Exception) -> str | None:
 
 
 def _say(line: str, status: int) -> int:
-    if sys.stderr is not None:
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     return status
 
 
@@ -235,7 +208,7 @@ class Results:
         self.started = time.perf_counter()
         self.content: dict[str, Any] = {
             "command": Path(sys.argv[0]).name,
-            "arguments": {name: _plain(value) for name, value in vars(args).items()},
+            "arguments": vars(args),
             "device": device_name(device),
             "versions": {
                 "python": platform.python_version(),
@@ -246,17 +219,5 @@ class Results:
 
     def save(self, output: Path, **numbers: Any) -> None:
         """Write everything said so far, plus ``numbers``, to ``output / "results.json"``."""
-        self.content |= {name: _plain(value) for name, value in numbers.items()}
-        self.content |= {"seconds": round(time.perf_counter() - self.started, 3)}
+        self.content |= numbers | {"seconds": round(time.perf_counter() - self.started, 3)}
         write_json(output / "results.json", self.content)
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold: arrays' numbers as Python's, paths and the like as text."""
-    if isinstance(value, dict):
-        return {str(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    if isinstance(value, np.generic):
-        return value.item()
-    return value if isinstance(value, (int, float, str, type(None))) else str(value)

@@ -27,11 +27,7 @@ def shares(batch: Sequence[int], accumulate: int = 1) -> list[list[int]]:
 
 
 def claim_gpu(device: torch.device) -> None:
-    """If work is done on GPUs, let ``cuda`` mean this process's own.
-
-    Raises:
-        ValueError: if there are fewer GPUs than processes on this machine.
-    """
+    """If work is done on GPUs, let ``cuda`` mean this process's own."""
     if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
         return
     index, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -45,18 +41,14 @@ def claim_gpu(device: torch.device) -> None:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Connects the processes for the block: nccl between GPUs, gloo between CPUs.
-
-    They wait for one another as long as it takes: one may have hours more to do. If one ends with
-    an error, torchrun ends the others.
-    """
+    """Connects the processes for the block; torchrun ends all of them if one ends with an error."""
     if world_size() == 1:
         yield
         return
     on_gpu = device.type == "cuda"
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
-        timeout=timedelta(days=7),
+        timeout=timedelta(days=7),  # one may have hours more to do
         device_id=torch.device("cuda", torch.cuda.current_device()) if on_gpu else None,
     )
     yield
@@ -66,11 +58,7 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """What all processes do at once; the loss of another one is no fault of this one's.
-
-    Raises:
-        ConnectionError: if another process has ended.
-    """
+    """What all processes do at once; the loss of another one is no fault of this one's."""
     try:
         yield
     except RuntimeError as error:

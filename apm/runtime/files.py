@@ -26,13 +26,7 @@ _locks: dict[Path, FileLock] = {}
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside ``path`` with its suffix, renamed to ``path`` if the block succeeds.
 
-    Missing folders are made.
-
-    Raises:
-        OSError: naming ``path``, if the block or the rename raised one (a full disk, ...).
-
-    Example:
-        ``with atomic_path("figure.png") as temporary: figure.savefig(temporary)``
+    Missing folders are made. An ``OSError`` of the block (a full disk, ...) names ``path``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,26 +36,21 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        named = OSError(f"{path}: cannot be written ({error.strerror or error})")
-        named.errno = error.errno
-        raise named from error
+        raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def prepare_output(folder: str | Path) -> Path:
-    """Create an output folder and lock it, before any long work, for this process alone.
+    """Create an output folder and lock it for this process alone, before any long work.
 
-    Half-written files of killed processes are removed.
-
-    Raises:
-        ValueError: if the folder cannot be written to, or another process writes there.
+    Half-written files of killed processes are removed. A folder that cannot be written to, or that
+    another process writes to, is refused with a ``ValueError``.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _locks.setdefault(folder.resolve(), FileLock(folder / LOCK, thread_local=False))
-        lock.acquire(timeout=0)
+        _locks.setdefault(folder.resolve(), FileLock(folder / LOCK)).acquire(timeout=0)
     except Timeout as error:
         raise ValueError(
             f"{folder}: another run writes there now; wait for it or choose another --output"
@@ -83,14 +72,9 @@ def release_outputs() -> None:
 
 
 def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write down what long work is made with; refuse to go on with anything else.
+    """Write down, as JSON, what long work is made with; refuse to go on with anything else.
 
-    Args:
-        path: a JSON file in the folder of the work; written if it is not there.
-        settings: plain values by name.
-
-    Raises:
-        ValueError: naming the first setting that differs, or if the file is damaged.
+    The ``ValueError`` names the first setting that differs.
     """
     wanted = json.loads(json.dumps(settings))
     if not path.is_file():
@@ -107,18 +91,17 @@ def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write plain values as JSON, atomically."""
+    """Write plain values, numbers of arrays and paths as JSON, atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.write_text(json.dumps(content, indent=2, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else str(value)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it holds anything else.
-    """
+    """The JSON object in a file; anything else is refused with a ``ValueError``."""
     try:
         content = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
@@ -129,11 +112,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_array(path: str | Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
-    """The array in an ``.npy`` file; nothing in it is unpickled.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """The array in an ``.npy`` file, else a ``ValueError``; nothing in it is unpickled."""
     try:
         return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
     except Exception as error:  # numpy's parser raises many types on a damaged header
@@ -153,26 +132,24 @@ def listing_sha256(files: Mapping[str, object]) -> str:
 
 
 def dated_sha256(files: Mapping[str, Path]) -> str:
-    """``listing_sha256`` by size and date, which are zero for a broken link."""
+    """``listing_sha256`` by size and date, which a broken link has not."""
     stats = {name: path.stat() if path.exists() else None for name, path in files.items()}
     return listing_sha256(
-        {name: (stat.st_size, stat.st_mtime_ns) if stat else (0, 0) for name, stat in stats.items()}
+        {name: stat and (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
     )
 
 
 def cache_home() -> Path:
     """Where downloads are kept: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def use_writable_caches() -> None:
     """Where the user's cache cannot be written, keep downloads in the system's temporary folder."""
-    home = nearest = cache_home()
-    while not os.path.exists(nearest):  # noqa: PTH110  (Path.exists may raise)
-        nearest = nearest.parent
-    effective = os.access in os.supports_effective_ids
-    if home.is_absolute() and os.access(nearest, os.W_OK | os.X_OK, effective_ids=effective):
-        return
-    own = Path(tempfile.gettempdir(), f"apm-cache-{os.geteuid()}")
-    os.environ["XDG_CACHE_HOME"] = str(own)
-    os.environ.setdefault("MPLCONFIGDIR", str(own / "matplotlib"))
+    try:
+        cache_home().mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache_home()).close()
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        own = Path(tempfile.gettempdir(), f"apm-cache-{os.geteuid()}")
+        os.environ["XDG_CACHE_HOME"] = str(own)
+        os.environ.setdefault("MPLCONFIGDIR", str(own / "matplotlib"))

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from thumbnail import start_as_thumbnail
-from torch import Tensor, nn
+from token_fold import TokenFold
+from torch import nn
 
 from apm import APM, APMConfig
 from apm.config import TrainConfig
@@ -34,7 +34,7 @@ from apm.runtime.files import (
     read_json,
 )
 from apm.scores import island_scores, mask_labels, mean_scores, pair_with_masks
-from apm.teachers import DenseTeacher, load_dense_teacher
+from apm.teachers import load_dense_teacher
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where train.py is
 import train
@@ -79,34 +79,6 @@ ROWS = {
     "trunk 384-256-256": Row(shape={"trunk_widths": (384, 256, 256)}),
     "trunk 1536-1024-1024": Row(shape={"trunk_widths": (1536, 1024, 1024)}),
 }
-
-
-class TokenFold(nn.Module):
-    """The paper's T_vit: the column is a linear map of a frozen ViT's CLS token.
-
-    A checkpoint with such a fold lacks the ViT, and ``load_model`` refuses it.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, teacher: DenseTeacher, model: APM) -> None:
-        super().__init__()
-        self.teacher = [teacher]  # in a list: neither trained nor saved
-        self.linear = nn.Linear(teacher.feature_dim, model.config.column_dim)
-        mean, std = model.preprocessing.statistics()
-        self.register_buffer("mean", mean.view(3, 1, 1), persistent=False)
-        self.register_buffer("std", std.view(3, 1, 1), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, H)``, RGB preprocessed for the model -> ``(B, column_dim)``."""
-        teacher = self.teacher[0]
-        side = teacher.grid_size * teacher.vit.patch_embed.patch_size[0]
-        with torch.no_grad():
-            images = images * self.std + self.mean
-            images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
-            tokens = teacher.vit.forward_features((images - teacher.mean) / teacher.std)
-        return self.linear(tokens[:, 0])
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -181,13 +153,13 @@ def main(argv: list[str] | None = None) -> None:
     output = prepare_output(args.output)
     scored = file_sizes({str(path): path for pair in pairs.values() for path in pair})
     settings = {
-        "scored_sha256": listing_sha256(scored),
+        "scored images and masks": listing_sha256(scored),
         "teacher": args.teacher,
         "weights_sha256": args.teacher_weights and file_sha256(args.teacher_weights),
     }
     keep_settings(output / "settings.json", settings)
     path, results = output / "results.json", Results(args, device)
-    rows = read_json(path)["rows"] if path.exists() else {}
+    rows = read_json(path).get("rows", {}) if path.exists() else {}
     for name in args.rows:
         rows[name] = score(train_row(name, args, device), pairs)
         results.save(output, rows=rows)

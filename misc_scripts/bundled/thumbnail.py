@@ -57,6 +57,7 @@ def start_as_thumbnail(model: APM) -> None:
     layers: list[Any] = list(model.rgb_head)
     for layer in layers:
         layer.weight.mul_(0.1)  # random units must add little to the thumbnail
+        layer.bias.zero_()
     layers[0].weight[0, units] = 1
     for layer in layers[1:-1]:
         layer.weight[0, 0] = 1

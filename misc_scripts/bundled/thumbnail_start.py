@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--output", type=Path, default=OUTPUTS / "start.safetensors", help="checkpoint to write")
     add("--checkpoint", type=Path, help="checkpoint that gets a new fold and RGB head")
-    add("--feature-dim", type=positive_int, default=192, help="without it: the teacher's width")
+    add("--feature-dim", type=positive_int, default=192, help="of a new model: the teacher's width")
     args = parser.parse_args(argv)
     seed_everything(args.seed)
     if args.checkpoint:

@@ -7,6 +7,7 @@ teacher of the real file format, not an open-vocabulary model: of other words it
 import math
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from apm.resumable import ResumableTrainer, generator_at
-from apm.runtime.cli import precision
+from apm.checkpoint import save_tensors
+from apm.config import TrainConfig
+from apm.data.training_set import epoch_batches
+from apm.runtime.device import generator_at, precision
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of pkg_resources
@@ -53,9 +56,9 @@ def new_clip(
 def start_from_vit(model: CLIP, vit: VisionTransformer) -> None:
     """Give CLIP's image tower the first blocks of a ViT of its width, grid and heads.
 
-    The tower sees small patches, the ViT their enlargement: enlarging, normalisation and bias are
-    worked into the first convolution and the positions. What stays different is CLIP's norm before
-    the first block and its approximation of the GELU.
+    The tower sees small patches, the ViT their enlargement: enlarging and normalisation become part
+    of the first convolution and of the positional embedding. What stays different is CLIP's norm
+    before the first block and its approximation of the GELU.
 
     Args:
         vit: with mean = std = 0.5 and as many patches as the tower.
@@ -113,9 +116,10 @@ def tokenize(class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
 
 
 def separate_classes(model: CLIP, tokens: Tensor, *, steps: int = 100, seed: int = 0) -> float:
-    """Teach the text tower, before it sees images, which sentences are about the same class.
+    """Train the text tower alone to tell sentences about different classes apart.
 
-    Fresh, it says nearly the same of every sentence, and images learn nothing from it.
+    With random weights it embeds all sentences nearly alike, and the image tower cannot learn from
+    that.
 
     Args:
         tokens: ``(C, T, L)``.
@@ -140,7 +144,7 @@ def separate_classes(model: CLIP, tokens: Tensor, *, steps: int = 100, seed: int
     return loss.item()
 
 
-class ClipTrainer(ResumableTrainer):
+class ClipTrainer:
     """Trains a CLIP on labelled images: each against one sentence of every class.
 
     Every random choice is a function of seed and step, so a run that goes on from ``state_dict``
@@ -152,14 +156,14 @@ class ClipTrainer(ResumableTrainer):
         labels: ``(N,)`` class indices.
         class_names: of the C classes.
         templates: sentences; a step draws one for each class.
+        config: batch size, schedule, precision and seed; its learning rate is that of what comes
+            from the ViT. What starts from nothing, the text tower and the projections, has
+            ``FRESH_RATE`` times as much.
         steps: length of the run, for the cosine schedule.
-        learning_rate: peak of AdamW's for what comes from the ViT; of what starts from nothing,
-            the text tower and the projections, ``FRESH_RATE`` times that.
-        warmup: steps in which the learning rate rises.
-        dtype: precision of the matrix products, ``"float32"`` or ``"bfloat16"``.
-    """
 
-    model: CLIP
+    Attributes:
+        steps_done: steps done.
+    """
 
     def __init__(
         self,
@@ -168,30 +172,23 @@ class ClipTrainer(ResumableTrainer):
         labels: Tensor,
         class_names: Sequence[str],
         templates: Sequence[str],
+        config: TrainConfig,
         *,
         steps: int,
-        batch_size: int = 64,
-        learning_rate: float = 2e-4,
-        warmup: int = 50,
-        dtype: str = "float32",
-        seed: int = 0,
     ) -> None:
         self.model, self.images, self.labels = model, images, labels
-        self.steps, self.schedule, self.warmup = steps, "cosine", warmup
-        self.batch_size = batch_size
-        self.dtype, self.seed, self.step_index = dtype, seed, 0
+        self.config, self.steps, self.steps_done = config, steps, 0
         self.device = model.logit_scale.device
         self.tokens = tokenize(class_names, templates).to(self.device)
-        rates: dict[float, list[Tensor]] = {learning_rate: [], FRESH_RATE * learning_rate: []}
+        groups: dict[int, list[Tensor]] = {1: [], FRESH_RATE: []}
         for name, parameter in model.named_parameters():
-            kept = name.startswith("visual.") and name != "visual.proj"
-            rates[learning_rate * (1 if kept else FRESH_RATE)].append(parameter)
+            from_vit = name.startswith("visual.") and name != "visual.proj"
+            groups[1 if from_vit else FRESH_RATE].append(parameter)
         self.optimizer = torch.optim.AdamW(
-            [{"params": parameters, "lr": rate} for rate, parameters in rates.items()],
-            weight_decay=0.01,
+            [{"params": parameters, "share": share} for share, parameters in groups.items()],
+            weight_decay=config.weight_decay,
             fused=True,
         )
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.rate)
 
     def step(self) -> tuple[float, float]:
         """One step of the optimiser on the next batch.
@@ -199,31 +196,63 @@ class ClipTrainer(ResumableTrainer):
         Returns:
             Loss and share of right answers before the step.
         """
-        generator = generator_at(self.seed, self.step_index)
-        chosen = self._batch()
+        config = self.config
+        generator = generator_at(config.seed, self.steps_done)
+        chosen = self.batch()
         labels = self.labels[chosen].to(self.device)
         images = augment(self.images[chosen], generator).to(self.device)
         drawn = torch.randint(self.tokens.shape[1], (len(self.tokens),), generator=generator)
-        with precision(self.device, self.dtype):
+        with precision(self.device, config.dtype):
             embeddings = self.model.encode_image(normalise(images))
             classes = self.model.encode_text(self.tokens[torch.arange(len(drawn)), drawn])
         cosines = F.normalize(embeddings.float(), dim=-1) @ F.normalize(classes.float(), dim=-1).T
         loss = F.cross_entropy(cosines * self.model.logit_scale.exp(), labels)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss.backward()
+        for group in self.optimizer.param_groups:
+            rate = config.rate(self.steps_done, self.steps) * config.learning_rate
+            group["lr"] = group["share"] * rate
         self.optimizer.step()
-        self.scheduler.step()
         with torch.no_grad():
             self.model.logit_scale.clamp_(max=math.log(100))  # as in CLIP
-        self.step_index += 1
+        self.steps_done += 1
         return loss.item(), (cosines.argmax(dim=1) == labels).float().mean().item()
 
-    def _batch(self) -> Tensor:
-        """Indices of this step's images; an epoch leaves out the last, incomplete batch."""
-        epoch, place = divmod(self.step_index, max(len(self.images) // self.batch_size, 1))
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        order = torch.randperm(len(self.images), generator=generator)
-        return order[place * self.batch_size :][: self.batch_size]
+    def batch(self) -> list[int]:
+        """Indices of the next step's images; an epoch leaves out the last, incomplete batch."""
+        count, size = len(self.images), self.config.batch_size
+        epoch, place = divmod(self.steps_done, count // size)
+        return epoch_batches(count, size, self.config.seed, epoch)[place]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a run needs to go on."""
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer")}
+        return parts | {"steps_done": self.steps_done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state_dict``."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps_done = state["steps_done"]
+
+
+@torch.no_grad()
+def save_clip(path: Path, model: CLIP, images: Tensor) -> None:
+    """Write a state dict in half precision, which ``clip.load`` reads.
+
+    Embeddings of images are brought to about unit length, so that mean squared errors to them
+    compare with the paper's. Cosines, and with them a CLIP's answers, stay as they are.
+
+    Args:
+        path: of the file.
+        model: as trained.
+        images: ``(N, 3, H, H)`` uint8 RGB, a sample to measure the length on.
+    """
+    state = model.state_dict()
+    device = model.logit_scale.device
+    length = model.encode_image(normalise(images.to(device))).norm(dim=-1).mean()
+    state["visual.proj"] = state["visual.proj"] / length
+    save_tensors(path, {name: value.half().cpu() for name, value in state.items()})
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -235,8 +264,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image ``(B, 3, H, H)`` moved by up to ``BORDER`` px, mirrored at its edges, and half of
-    them flipped."""
+    """Images ``(B, 3, H, H)`` uint8, each shifted by up to ``BORDER`` px, half of them flipped."""
     count, _, size, _ = images.shape
     padded = F.pad(images.float(), (BORDER,) * 4, mode="reflect").to(images.dtype)
     rows, columns = torch.randint(2 * BORDER + 1, (2, count, 1), generator=generator)

@@ -2,9 +2,14 @@
 
 from pathlib import Path
 
+import torch
+from PIL import Image
+from torch import Tensor
 from torchvision import datasets
 
-from apm.data.test_sets import LabelledImages, load_dataset
+from apm.data.images import Skipped
+from apm.data.test_sets import LabelledImages, load_dataset, read_batches, spread
+from apm.preprocessing import to_pixels
 
 
 def load_splits(root: Path, *, download: bool = False) -> tuple[LabelledImages, LabelledImages]:
@@ -25,3 +30,29 @@ def load_splits(root: Path, *, download: bool = False) -> tuple[LabelledImages, 
     if train.class_names != test.class_names:
         raise ValueError(f"{root}: train and test have different classes")
     return train, test
+
+
+def read_pixels(
+    data: LabelledImages, size: int, limit: int | None, skipped: Skipped
+) -> tuple[Tensor, Tensor]:
+    """All images resized to a square, ``(N, 3, size, size)`` uint8 RGB, and labels ``(N,)``.
+
+    Args:
+        data: the set.
+        size: side in pixels.
+        limit: at most this many images, evenly spread; None for all.
+        skipped: takes those that cannot be read.
+
+    Raises:
+        ValueError: if none can be read.
+    """
+    chosen = spread(len(data), limit)
+
+    def prepare(image: Image.Image) -> Tensor:
+        return to_pixels(image.resize((size, size)))
+
+    batches = read_batches(data, prepare, chosen, 100, skipped, title="training images")
+    parts = [(images, labels) for _, images, labels in batches]
+    skipped.refuse_all(len(chosen))
+    images, labels = zip(*parts, strict=True)
+    return torch.cat(images), torch.cat(labels)

@@ -125,7 +125,7 @@ def test_a_training_set_and_its_test_set(tmp_path):
         photograph().save(tmp_path / folder / "a.png")
     train, test = load_splits(tmp_path)
     assert train.class_names == test.class_names == ("cat", "dog")
-    assert train.images.samples != test.images.samples
+    assert train.images != test.images
     (tmp_path / "test" / "dog").rename(tmp_path / "test" / "fox")
     with pytest.raises(ValueError, match="different classes"):
         load_splits(tmp_path)
@@ -152,7 +152,7 @@ def test_cifar10c(tmp_path):
     for severity in (0, 6):
         with pytest.raises(ValueError, match="severity"):
             load_dataset("cifar10c", tmp_path, corruption="fog", severity=severity)
-    with pytest.raises(ValueError, match="no CIFAR-10-C with drizzle"):
+    with pytest.raises(ValueError, match=r"drizzle\.npy: cannot be read"):
         load_dataset("cifar10c", tmp_path, corruption="drizzle")
     for odd in (images[:7], images / 255, images.transpose(0, 3, 1, 2), images[..., [0, 1, 2, 0]]):
         np.save(tmp_path / "odd.npy", odd)

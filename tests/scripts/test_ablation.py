@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ import timm
 import torch
 from conftest import load_script, make_model, photograph
 from PIL import Image
+from token_fold import TokenFold
 
-from apm.data.features import StoreWriter, file_sizes, pack
-from apm.data.images import image_names
+from apm import APMConfig
+from apm.data.features import StoreWriter
+from apm.data.images import file_sizes, image_names
 from apm.preprocessing import Preprocessing
 from apm.teachers import DenseTeacher
 
@@ -30,13 +33,15 @@ def arguments(tmp_path, monkeypatch):
         Image.fromarray(mask).save(tmp_path / "masks" / f"p{index}.png")
     paths = image_names(tmp_path / "images")
     meta = {"teacher": "none", "grid_size": 32, "feature_dim": 8, "store_dtype": "float16"}
-    (tmp_path / "stores" / ablation.BLOCK).mkdir(parents=True)
-    writer = StoreWriter(tmp_path / "stores" / ablation.BLOCK, meta, file_sizes(paths))
+    (tmp_path / "stores" / "4").mkdir(parents=True)
+    writer = StoreWriter(tmp_path / "stores" / "4", meta, file_sizes(paths))
     features = torch.randn(3, 1024, 8, generator=torch.Generator().manual_seed(0))
-    writer.write(0, writer.shards[0], pack(features, "float16"), {})
-    short = "--epochs 1 --batch-size 2 --validation-images 1 --locations 16 --local-width 8 "
+    writer.write(0, dict(zip(writer.shards[0], features, strict=True)), {})
+    short = "--epochs 1 --batch-size 2 --validation-images 1 --locations 16 --fold-rate 0.1"
     monkeypatch.setattr(ablation, "VALIDATION_IMAGES", 1)
-    monkeypatch.setattr(ablation, "BASE", short + "--local-blocks 0,1 --trunk-widths 16,8")
+    monkeypatch.setattr(ablation, "BASE", short)
+    changes = {"local_width": 8, "local_blocks": (0, 1), "trunk_widths": (16, 8)}
+    monkeypatch.setattr(ablation, "SHAPE", replace(APMConfig.small(), **changes))
     torch.manual_seed(0)
     torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "vit.pth")
     flags = {"input": "images", "stores": "stores", "scored": "images", "masks": "masks"}
@@ -60,7 +65,7 @@ def test_rows_are_trained_scored_and_kept_with_random_weights(arguments, tmp_pat
     masks = tmp_path / "other"
     shutil.copytree(tmp_path / "masks", masks)
     assert ablation.main([*arguments, "--rows", "base", "--masks", str(masks)]) == 2
-    assert "rows of other images" in capsys.readouterr().err
+    assert "out: made with scored images and masks" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == results
     assert ablation.main([*arguments, "--rows", "base", "teacher block 8"]) == 2
     assert "8" in capsys.readouterr().err
@@ -76,7 +81,7 @@ def test_the_column_of_a_token_is_linear_in_the_cls_token_with_random_weights():
     vit = timm.create_model("vit_tiny_patch16_224").eval()
     model = make_model()
     model.preprocessing = Preprocessing(image_size=56, scaling="imagenet")
-    fold = ablation.TokenFold(DenseTeacher(vit, grid_size=14), model)
+    fold = TokenFold(DenseTeacher(vit, grid_size=14), model)
     pixels = torch.randint(256, (2, 3, 224, 224), dtype=torch.uint8)
     tokens = vit.forward_features((pixels / 255 - 0.5) / 0.5)[:, 0]
     column = fold(model.preprocessing.normalise(pixels))

@@ -20,6 +20,7 @@ from tiny_clip import (
 )
 from torch import nn
 
+from apm.config import TrainConfig
 from apm.token_teachers import load_token_teacher
 
 NAMES, TEMPLATES = ("red", "blue"), ("a photo of a {}", "the {} one", "see the bright {} there")
@@ -102,7 +103,8 @@ def test_a_stopped_run_ends_as_the_undisturbed_one_with_random_weights():
     def trainer():
         torch.manual_seed(0)
         model = new_clip(image_size=8, patch=4, layers=1, text_layers=1)
-        return ClipTrainer(model, images, labels, NAMES, TEMPLATES, steps=6, batch_size=4, seed=3)
+        config = TrainConfig(batch_size=4, seed=3, schedule="cosine", warmup=2)
+        return ClipTrainer(model, images, labels, NAMES, TEMPLATES, config, steps=6)
 
     whole, stopped, resumed = trainer(), trainer(), trainer()
     losses = [whole.step() for _ in range(6)]
@@ -122,15 +124,15 @@ def test_an_epoch_sees_every_image_once():
         torch.zeros(10, dtype=torch.long),
         NAMES,
         TEMPLATES,
+        TrainConfig(batch_size=5),
         steps=4,
-        batch_size=5,
     )
     seen = []
-    for trainer.step_index in range(4):
-        seen.append(trainer._batch())
+    for trainer.steps_done in range(4):
+        seen.append(trainer.batch())
     for epoch in (seen[:2], seen[2:]):
-        assert sorted(torch.cat(epoch).tolist()) == list(range(10))
-    assert not torch.equal(torch.cat(seen[:2]), torch.cat(seen[2:]))
+        assert sorted(epoch[0] + epoch[1]) == list(range(10))
+    assert seen[:2] != seen[2:]
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +175,7 @@ def test_the_script_makes_a_teacher_and_resumes_with_random_weights(data, tmp_pa
     (tmp_path / "other.txt").write_text("one {}\n")
     for flags, message in (
         ([], "holds a run; add --resume"),
-        (["--resume", "--layers", "2"], "last.pth: made with layers 1, not 2"),
+        (["--resume", "--layers", "2"], "out: made with layers 1, not 2"),
         (["--resume", "--learning-rate", "1e-2"], "made with learning_rate 0.001, not 0.01"),
         (["--resume", "--templates", str(tmp_path / "other.txt")], "made with training sentences"),
     ):
@@ -185,7 +187,7 @@ def test_the_script_makes_a_teacher_and_resumes_with_random_weights(data, tmp_pa
     for state in ([1], {"step": 3}):
         torch.save(state, output / "last.pth")
         assert main([*command, "--resume"]) == 2
-        assert "last.pth: not the state of a run" in capsys.readouterr().err
+        assert "last.pth: not the state of this run" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_line_and_status_2(data, tmp_path, capsys):

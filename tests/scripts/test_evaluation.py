@@ -1,6 +1,6 @@
 import torch
+from evaluation import image_row, row_columns, summarise
 
-from apm.evaluation import image_row, row_columns, summarise
 from apm.tta import Adaptation
 
 

@@ -1,67 +1,21 @@
 """Teacher and students on a test set: embeddings, a row of predictions an image, accuracies."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from apm.data.images import Skipped, UnreadableImage, load_batches
-from apm.data.test_sets import LabelledImages
+from apm.data.images import Skipped
+from apm.data.test_sets import LabelledImages, read_batches
 from apm.runtime.files import atomic_path
-from apm.teachers import TokenTeacher
+from apm.token_teachers import TokenTeacher
 from apm.tta import Adaptation
 
 BATCH = 32  # images that a teacher embeds at once
-
-
-class _Prepared(Dataset):
-    def __init__(self, data: LabelledImages, prepare: Callable[[Image.Image], Tensor]) -> None:
-        self.data, self.prepare = data, prepare
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.data[index]
-        return self.prepare(image), label
-
-
-def read_batches(
-    data: LabelledImages,
-    prepare: Callable[[Image.Image], Tensor],
-    indices: Sequence[int],
-    batch_size: int,
-    skipped: Skipped,
-    workers: int = 0,
-    title: str | None = None,
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Read images of a test set in batches, with a progress bar.
-
-    Args:
-        prepare: an RGB image -> ``(3, h, w)``.
-        skipped: takes the images that cannot be read.
-        title: of the progress bar.
-
-    Yields:
-        Of what can be read of a batch: indices, images ``(B, 3, h, w)`` and labels ``(B,)``.
-    """
-    starts = range(0, len(indices), batch_size)
-    batches = [indices[start : start + batch_size] for start in starts]
-    reader = load_batches(_Prepared(data, prepare), batches, workers)
-    with tqdm(total=len(indices), desc=title, unit="image", disable=not indices) as progress:
-        for batch, read in zip(batches, reader, strict=True):
-            for error in read.errors:
-                if not isinstance(error, UnreadableImage):
-                    raise error
-                skipped.add(error)
-            if read.rows:
-                images, labels = read.items
-                yield [batch[row] for row in read.rows], images, labels
-            progress.update(len(batch))
 
 
 def embed_set(
