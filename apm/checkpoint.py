@@ -32,19 +32,11 @@ RELEASED_COCO = Preprocessing(fit="stretch", channels="BGR", scaling="min-max", 
 RELEASED_TTA = Preprocessing(fit="stretch", scaling="imagenet")
 
 # Released layer -> ours; the first layers of trunk and RGB head are split, see ``from_released``.
-_LAYERS = {
-    "conv1": "fold",
-    "feat_proj_head": "feature_head",
-    "rgb_head_2": "rgb_head.0",
-    "rgb_head_3": "rgb_head.1",
-}
+_LAYERS = {"conv1": "fold", "feat_proj_head": "feature_head"}
+_LAYERS |= {"rgb_head_2": "rgb_head.0", "rgb_head_3": "rgb_head.1"}
 _COCO_LAYERS = _LAYERS | {"fc2": "trunk.0", "fc3": "trunk.1", "fc4": "trunk.2", "fc5": "trunk.3"}
-_TTA_LAYERS = _LAYERS | {
-    "fc4": "trunk.0",
-    "fc5": "trunk.1",
-    "norm": "pooling.unused_norm",
-    "little_self_attention.out_proj": "pooling.attention.out_proj",
-}
+_TTA_LAYERS = _LAYERS | {"fc4": "trunk.0", "fc5": "trunk.1", "norm": "pooling.unused_norm"}
+_TTA_LAYERS |= {"little_self_attention.out_proj": "pooling.attention.out_proj"}
 _TTA_TENSORS = {
     "little_query": "pooling.query",
     "little_self_attention.in_proj_weight": "pooling.attention.in_proj_weight",

@@ -10,31 +10,19 @@ FEATURE_LOSSES = ("mse", "standardised", "relational")  # of apm.losses
 
 @dataclass(frozen=True, kw_only=True)
 class APMConfig:
-    """Shape of an APM. Lengths are in pixels, widths in channels.
+    """Shape of an APM. Lengths are in pixels, widths in channels."""
 
-    Attributes:
-        image_size: side of the square input image.
-        patch_size: side of the patch that one column entry folds.
-        trunk_widths: output widths of the shared MLP's layers.
-        feature_dim: width of the answered feature, the teacher's.
-        rgb_widths: hidden widths of the RGB head.
-        position_dim: width of the positional encoding, divisible by 4.
-        pooling: how ``pool`` summarises the locations: ``None``, ``"attention"`` or ``"mean"``.
-        pool_heads: heads of the attention pooling.
-        local_width: width of the embedded local patch ``I_xy`` of Figure 1; 0: none, as released.
-        local_blocks: how far a location sees around its patch: residual blocks at half a patch
-            and at a patch, each of which adds one such step on every side.
-    """
-
-    image_size: int = 448
-    patch_size: int = 14
-    trunk_widths: tuple[int, ...]
-    feature_dim: int
-    rgb_widths: tuple[int, ...] = (256, 256)
-    position_dim: int = 1024
-    pooling: str | None = None
-    pool_heads: int = 8
-    local_width: int = 0
+    image_size: int = 448  # side of the square input image
+    patch_size: int = 14  # side of the patch that one column entry folds
+    trunk_widths: tuple[int, ...]  # of the shared MLP's layers
+    feature_dim: int  # width of the answered feature, the teacher's
+    rgb_widths: tuple[int, ...] = (256, 256)  # of the RGB head's hidden layers
+    position_dim: int = 1024  # width of the positional encoding, divisible by 4
+    pooling: str | None = None  # how ``pool`` summarises the locations, one of POOLINGS
+    pool_heads: int = 8  # of the attention pooling
+    local_width: int = 0  # of the embedded local patch I_xy of Figure 1; 0: none, as released
+    # How far a location sees around its patch: residual blocks at half a patch and at a patch, each
+    # of which adds one such step on every side.
     local_blocks: tuple[int, int] = (2, 8)
 
     def __post_init__(self) -> None:

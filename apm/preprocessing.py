@@ -18,22 +18,15 @@ _CHOICES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How a checkpoint wants its images.
+    """How a checkpoint wants its images."""
 
-    Attributes:
-        image_size: side of the square input in pixels.
-        fit: ``"crop"`` resizes the shorter side and crops the centre; ``"stretch"`` resizes both.
-        channels: colour order of the tensor, ``"RGB"`` or ``"BGR"``.
-        scaling: ``"unit"`` divides by 255; ``"min-max"`` maps each image's own range to [0, 1];
-            ``"imagenet"`` subtracts ImageNet's mean and divides by its standard deviation.
-        token_offset: by how many places the checkpoint's feature grid is shifted, because its
-            teacher's leading tokens were never cut off. 0 for a checkpoint without that fault.
-    """
-
-    image_size: int = 448
-    fit: str = "crop"
-    channels: str = "RGB"
+    image_size: int = 448  # side of the square input in pixels
+    fit: str = "crop"  # of the centre, when the shorter side is resized; "stretch": both are
+    channels: str = "RGB"  # colour order of the tensor, or "BGR"
+    # "unit" divides by 255, "min-max" maps each image's own range to [0, 1], "imagenet" subtracts
+    # ImageNet's mean and divides by its standard deviation.
     scaling: str = "unit"
+    # Places by which the feature grid is shifted: its teacher's leading tokens were not cut off.
     token_offset: int = 0
 
     def __post_init__(self) -> None:

@@ -95,10 +95,15 @@ def train(inputs: Inputs, args: Namespace, config: TrainConfig) -> list[dict[str
             f"at least {parts}, one for each process and each part of --accumulate"
         )
     steps = len(training) // batch_size  # of an epoch
-    sizes = {"steps": config.epochs * steps, "batch_size": batch_size}
-    statistics = (inputs.mean, inputs.std)
     distiller = Distiller(
-        model, config, *statistics, **sizes, accumulate=args.accumulate, teacher=inputs.teacher
+        model,
+        config,
+        inputs.mean,
+        inputs.std,
+        steps=config.epochs * steps,
+        batch_size=batch_size,
+        accumulate=args.accumulate,
+        teacher=inputs.teacher,
     )
     progress = Progress(args.output / STATE, distiller)
     log, board = None, None

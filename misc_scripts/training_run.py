@@ -12,9 +12,9 @@ from torch import Tensor
 from apm import APM, APMConfig, load_model
 from apm.checkpoint import load_tensors, save_tensors
 from apm.config import TrainConfig
-from apm.data.features import open_store
+from apm.data.features import FeatureStore, NpyStore, open_store
 from apm.data.images import file_sizes, image_names
-from apm.data.training_set import TrainingSet, feature_statistics, training_sets
+from apm.data.training_set import TrainingSet
 from apm.distill import Distiller
 from apm.preprocessing import Preprocessing
 from apm.runtime.distributed import rank
@@ -52,6 +52,54 @@ def new_model(args: Namespace, source: dict[str, Any]) -> APM:
     last: Any = model.rgb_head[-1]
     torch.nn.init.constant_(last.bias, 0.5)  # grey: its ReLU would never learn from zero
     return model
+
+
+def training_sets(
+    args: Namespace,
+    config: TrainConfig,
+    preprocessing: Preprocessing,
+    store: FeatureStore | NpyStore | None,
+) -> tuple[TrainingSet, TrainingSet]:
+    """Images for training and images held out, drawn by the seed from those that have features."""
+    images, held_out = image_names(args.input), args.validation_images
+    if store:
+        images = {name: path for name, path in images.items() if name in store.sizes}
+        for name, size in file_sizes(images).items():
+            if store.sizes[name] not in (None, size):
+                raise ValueError(
+                    f"{images[name]}: {size} bytes, but --features were made of an image of "
+                    f"{store.sizes[name]}; extract again, or name the same --input"
+                )
+    names = sorted(images)
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.randperm(len(names), generator=generator).tolist()
+    names = [names[index] for index in order[: args.limit]]
+    if len(names) <= held_out:
+        raise ValueError(
+            f"{len(names)} images to learn from, expected more than the {held_out} of "
+            "--validation-images"
+        )
+    training = {name: images[name] for name in names[held_out:]}
+    validation = {name: images[name] for name in names[:held_out]}
+    return (
+        TrainingSet(training, preprocessing, store, config.augment, config.seed),
+        TrainingSet(validation, preprocessing, store),
+    )
+
+
+def feature_statistics(
+    dataset: TrainingSet, teacher: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation ``(F,)`` of the features, stored or the teacher's, of 64 images.
+
+    The teacher takes ``(1, 3, H, W)`` in [0, 1].
+    """
+    sample = []
+    for index in range(min(64, len(dataset))):
+        pixels, features = dataset[index]
+        sample.append(teacher(pixels[None] / 255)[0].cpu() if teacher else features)
+    features = torch.cat(sample).float()
+    return features.mean(dim=0), features.std(dim=0)
 
 
 def settings_of(
@@ -108,15 +156,8 @@ def load_inputs(
                 f"{args.teacher or args.features}: features of {name} {source[name]}, the model's "
                 f"have {answered}"
             )
-    training, validation = training_sets(
-        image_names(args.input),
-        Preprocessing(image_size=model.config.image_size),
-        store,
-        held_out=args.validation_images,
-        limit=args.limit,
-        augment=config.augment,
-        seed=config.seed,
-    )
+    preprocessing = Preprocessing(image_size=model.config.image_size)
+    training, validation = training_sets(args, config, preprocessing, store)
     mean, std = feature_statistics(validation, teacher)
     if args.init is None:  # what a student answers that knows nothing
         model.feature_head.bias.data = mean.clone()

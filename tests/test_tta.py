@@ -147,9 +147,7 @@ def test_what_cannot_be_is_refused_before_the_work(image_and_target):
 def test_many_students_are_as_many_single_runs(pooling, local_width, monkeypatch):
     monkeypatch.setattr("apm.tta.DECAY_EVERY", 8)
     changes = {"pooling": pooling, "pool_heads": 2, "local_width": local_width}
-    trainer = TestTimeTrainer(
-        APM(APMConfig(**TINY | changes)), iterations=20, learning_rate=1e-3
-    )
+    trainer = TestTimeTrainer(APM(APMConfig(**TINY | changes)), iterations=20, learning_rate=1e-3)
     images, targets = torch.rand(8, 3, 56, 56), torch.randn(8, 16)
     together = trainer.adapt_many(images, targets, seeds=range(8))
     for seed, many in enumerate(together):

@@ -96,21 +96,15 @@ class StoreWriter:
 
 
 class FeatureStore:
-    """Teacher features in shards. Other processes are sent its folder, and map the files anew.
-
-    Attributes:
-        meta: the content of ``store.json``.
-        sizes: image -> size of its file in bytes.
-        skipped: image that could not be read -> why.
-    """
+    """Teacher features in shards. Other processes are sent its folder, and map the files anew."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.meta = read_json(self.folder / META)
         if self.meta.get("format") != FORMAT:
             raise ValueError(f"{self.folder / META}: expected the settings of a feature store")
-        self.sizes: dict[str, int] = {}
-        self.skipped: dict[str, str] = {}
+        self.sizes: dict[str, int] = {}  # of the images' files, in bytes
+        self.skipped: dict[str, str] = {}  # images that could not be read, and why
         self._rows: dict[str, tuple[dict[str, Tensor], int]] = {}
         for path in sorted(self.folder.glob("[0-9]*.safetensors")):  # not those half-written
             header, tensors = _open_shard(path, self.meta)

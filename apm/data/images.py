@@ -185,13 +185,10 @@ def file_sizes(images: Mapping[str, Path]) -> dict[str, int]:
 def load_batches(
     dataset: Dataset, batches: Sequence[Sequence[int]], workers: int, skipped: Skipped | None = None
 ) -> Iterator[tuple[list[int], Any]]:
-    """Read batches of a data set in worker processes.
+    """Read batches of a data set in worker processes: indices, and their items stacked.
 
-    Args:
-        skipped: takes images that cannot be read, which otherwise are raised.
-
-    Yields:
-        The indices of a batch that could be read, and their items stacked; None for no items.
+    Images that cannot be read are raised, or left out and put into ``skipped``. Of a batch in which
+    nothing is left the items are None.
     """
     loader = DataLoader(
         _Batches(dataset),

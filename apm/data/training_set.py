@@ -1,6 +1,6 @@
-"""Pairs of an image and its teacher's features, for training and validation."""
+"""Pairs of an image and its teacher's features, and the order in which they are learnt."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from apm.data.features import FeatureStore, NpyStore
-from apm.data.images import file_sizes, load_image
+from apm.data.images import load_image
 from apm.preprocessing import Preprocessing, to_pixels
 from apm.runtime.device import generator_at
 
@@ -72,61 +72,7 @@ def crop_features(
     return cropped[0].flatten(1).T
 
 
-def training_sets(
-    images: Mapping[str, Path],
-    preprocessing: Preprocessing,
-    store: FeatureStore | NpyStore | None,
-    *,
-    held_out: int,
-    limit: int | None,
-    augment: bool,
-    seed: int,
-) -> tuple[TrainingSet, TrainingSet]:
-    """At most ``limit`` images, drawn by the seed from those that the store has features of.
-
-    ``held_out`` of them are for validation. It is a ``ValueError`` if there are no others, or if an
-    image has not the size of the one that its features were made of.
-    """
-    if store:
-        images = {name: path for name, path in images.items() if name in store.sizes}
-        for name, size in file_sizes(images).items():
-            if store.sizes[name] not in (None, size):
-                raise ValueError(
-                    f"{images[name]}: {size} bytes, but --features were made of an image of "
-                    f"{store.sizes[name]}; extract again, or name the same --input"
-                )
-    names = sorted(images)
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
-    names = [names[index] for index in order[:limit]]
-    if len(names) <= held_out:
-        raise ValueError(
-            f"{len(names)} images to learn from, expected more than the {held_out} of "
-            "--validation-images"
-        )
-    training = {name: images[name] for name in names[held_out:]}
-    validation = {name: images[name] for name in names[:held_out]}
-    return (
-        TrainingSet(training, preprocessing, store, augment, seed),
-        TrainingSet(validation, preprocessing, store),
-    )
-
-
 def epoch_batches(images: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The whole batches of an epoch, in an order that seed and epoch decide."""
     order = torch.randperm(images, generator=generator_at(seed, epoch)).tolist()
     return [order[i : i + batch_size] for i in range(0, images - batch_size + 1, batch_size)]
-
-
-def feature_statistics(
-    dataset: TrainingSet, teacher: Callable[[Tensor], Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation ``(F,)`` of the features of some images.
-
-    Where the data set has none, ``teacher`` makes them of ``(1, 3, H, W)`` in [0, 1].
-    """
-    sample = []
-    for index in range(min(64, len(dataset))):
-        pixels, features = dataset[index]
-        sample.append(teacher(pixels[None] / 255)[0].cpu() if teacher else features)
-    features = torch.cat(sample).float()
-    return features.mean(dim=0), features.std(dim=0)

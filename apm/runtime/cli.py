@@ -14,7 +14,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-import numpy as np
 import torch
 
 from apm.runtime.device import device_name, is_out_of_memory
@@ -121,12 +120,9 @@ class Stop:
     """In its block Ctrl-C and SIGTERM are only noted, for a loop to look at between its steps.
 
     A second signal ends the program at once.
-
-    Attributes:
-        requested: what came.
     """
 
-    requested: type[KeyboardInterrupt] | None = None
+    requested: type[KeyboardInterrupt] | None = None  # what came
 
     def __enter__(self) -> "Stop":
         signals = (signal.SIGINT, signal.SIGTERM)
@@ -159,10 +155,10 @@ def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
-        former = signal.signal(signal.SIGTERM, _terminate)
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
         try:
+            former = signal.signal(signal.SIGTERM, _terminate)
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
             try:
                 main(argv)
             finally:
@@ -210,11 +206,7 @@ class Results:
             "command": Path(sys.argv[0]).name,
             "arguments": vars(args),
             "device": device_name(device),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-            },
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
 
     def save(self, output: Path, **numbers: Any) -> None:

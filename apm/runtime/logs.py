@@ -17,9 +17,6 @@ class RowLog:
     first column holds whole numbers, no two alike. Rows for which it is greater than ``until`` are
     dropped: they came after the state that the process goes on from. A file that is no such table
     is refused with a ``ValueError``.
-
-    Attributes:
-        rows: what is in the table.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], until: float = float("inf")) -> None:

@@ -26,10 +26,10 @@ def photographs(tmp_path):
     return folder
 
 
-@pytest.fixture
-def teacher_weights(tmp_path):
+@pytest.fixture(scope="module")
+def teacher_weights(tmp_path_factory):
     torch.manual_seed(0)
-    path = tmp_path / "vit.pth"
+    path = tmp_path_factory.mktemp("teacher") / "vit.pth"
     torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), path)
     return path
 

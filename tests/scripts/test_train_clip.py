@@ -1,6 +1,7 @@
 """The small CLIP and the script that trains it, all from random weights."""
 
 import json
+import shutil
 
 import pytest
 import timm
@@ -18,9 +19,11 @@ from tiny_clip import (
     start_from_vit,
     tokenize,
 )
+from tiny_clip_data import load_splits, read_pixels
 from torch import nn
 
 from apm.config import TrainConfig
+from apm.data.images import Skipped
 from apm.token_teachers import load_token_teacher
 
 NAMES, TEMPLATES = ("red", "blue"), ("a photo of a {}", "the {} one", "see the bright {} there")
@@ -147,6 +150,18 @@ def data(tmp_path_factory):
                 shade = tuple(max(value - 3 * index, 0) for value in colour)
                 Image.new("RGB", (32, 32), shade).save(folder / f"{index}.png")
     return root
+
+
+def test_images_that_cannot_be_read_are_left_out(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    broken = tmp_path / "data" / "train" / "blue" / "0.png"
+    broken.write_text("no image")
+    training, _ = load_splits(tmp_path / "data")
+    images, labels = read_pixels(training, 8, None, skipped := Skipped())
+    assert images.shape == (23, 3, 8, 8) and images.dtype == torch.uint8
+    assert labels.tolist() == [0] * 11 + [1] * 12
+    assert images[0, 2].min() > 200 and images[-1, 0].min() > 180  # blue, red
+    assert list(skipped) == [str(broken)]
 
 
 def test_the_script_makes_a_teacher_and_resumes_with_random_weights(data, tmp_path, capsys):
