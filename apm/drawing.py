@@ -2,23 +2,22 @@
 
 import html
 import os
+import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from apm.predictor import Percept, View
+from apm.predictor import Percept
 from apm.runtime.files import atomic_path
-
-if TYPE_CHECKING:  # Matplotlib takes half a second to import: functions import it themselves
-    from matplotlib.figure import Figure
 
 GAP = 12  # px
 OPACITY = 0.55  # of islands over a picture
 ISLANDS = "islands of agreement"
+GALLERY = Path(__file__).with_name("gallery.html")
 
 
 def panels(
@@ -70,16 +69,16 @@ def input_label(name: str, left_out: Mapping[str, float]) -> str:
     return f"{name} (centre crop)" if left_out else name
 
 
-def island_row(view: View, islands: np.ndarray, label: str = ISLANDS) -> dict[str, np.ndarray]:
+def island_row(view: Percept, islands: np.ndarray, label: str = ISLANDS) -> dict[str, np.ndarray]:
     """A row for ``panels``: what is seen, what is answered, its islands ``(h, w, 3)`` in [0, 1]."""
     seen = {input_label("input", view.left_out): view.picture}
-    answered = {"RGB reconstruction": view.rgb} if isinstance(view, Percept) else {}
+    answered = {} if view.rgb is None else {"RGB reconstruction": view.rgb}
     over = {"islands over input": overlay(view.picture, islands)}
     return seen | answered | {label: islands} | over
 
 
 def save_islands(
-    path: Path, view: View, islands: np.ndarray, label: str = ISLANDS, *, arrays: bool = False
+    path: Path, view: Percept, islands: np.ndarray, label: str = ISLANDS, *, arrays: bool = False
 ) -> dict[str, Any]:
     """Write the figure of one ``island_row``, and with ``arrays`` its numbers as ``.npz``.
 
@@ -87,7 +86,7 @@ def save_islands(
     """
     save_picture(path, panels([island_row(view, islands, label)]))
     if arrays:
-        rgb: dict[str, Any] = {"rgb": view.rgb} if isinstance(view, Percept) else {}
+        rgb: dict[str, Any] = {} if view.rgb is None else {"rgb": view.rgb}
         with atomic_path(path.with_suffix(".npz")) as temporary:
             np.savez(temporary, features=view.features, islands=islands, **rgb)
     return {"figure": str(path), "left_out": view.left_out}
@@ -117,25 +116,14 @@ def save_gallery(path: Path, title: str, figures: Sequence[Path]) -> None:
         for figure in figures
         for name in [html.escape(figure.stem)]
     )
-    page = f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<title>{title}</title>
-<style>
-body {{ font-family: system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; }}
-img {{ width: 100%; min-height: 12rem; }}
-figure {{ margin: 0 0 2rem; }}
-</style>
-<h1>{title}</h1>
-{items}
-</html>
-"""
+    page = string.Template(GALLERY.read_text(encoding="utf-8"))
     with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
+        content = page.substitute(title=title, items=items)
+        temporary.write_text(content, encoding="utf-8", errors="replace")
 
 
-def save_figure(path: Path, figure: "Figure") -> None:
-    """Write a Matplotlib figure; the same figure gives the same bytes."""
+def save_figure(path: Path, figure: Any) -> None:
+    """Write a figure of Matplotlib; the same figure gives the same bytes."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, metadata={"Software": None})
 
@@ -147,7 +135,7 @@ def loss_figure(
     steps: str = "epoch",
 ) -> None:
     """A plot for each loss on a log axis: of training (``train_``), validation and ``null_``."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # half a second
 
     figure = Figure(figsize=(1 + 4 * len(losses), 3.5), layout="constrained")
     for axes, loss in zip(figure.subplots(1, len(losses), squeeze=False)[0], losses, strict=True):

@@ -105,9 +105,6 @@ class APM(nn.Module):
 
         Returns:
             Features ``(B, N, F)`` and colours ``(B, N, 3)``, at least 0.
-
-        Raises:
-            ValueError: if ``chunk_size`` is below 1 or a shape is wrong.
         """
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk size {chunk_size} must be at least 1")

@@ -7,15 +7,9 @@ from torch import Tensor
 
 
 def sincos_1d(coordinates: Tensor, dim: int) -> Tensor:
-    """Encode real-valued coordinates.
+    """Encode ``(N,)`` real-valued coordinates in grid units: ``(N, dim)`` float32 in [-1, 1].
 
-    Args:
-        coordinates: ``(N,)`` float, in grid units.
-        dim: even width of the encoding.
-
-    Returns:
-        ``(N, dim)`` float32 in [-1, 1]: even channels ``sin(x w_k)``, odd channels ``cos(x w_k)``
-        with ``w_k = exp(-2k ln(10000) / dim)``.
+    Even channels are ``sin(x w_k)``, odd ones ``cos(x w_k)``, ``w_k = exp(-2k ln(10000) / dim)``.
     """
     k = torch.arange(dim // 2, device=coordinates.device, dtype=torch.float32)
     angles = coordinates.float()[:, None] * torch.exp(-2 * k * math.log(10000.0) / dim)
@@ -23,17 +17,9 @@ def sincos_1d(coordinates: Tensor, dim: int) -> Tensor:
 
 
 def sincos_2d(positions: Tensor, dim: int) -> Tensor:
-    """Encode (row, column) positions; they need not lie on the grid.
+    """Encode ``(N, 2)`` (row, column) positions in grid units, on the grid or between its points.
 
-    Args:
-        positions: ``(N, 2)`` float, (row, column) in grid units.
-        dim: width of the encoding, divisible by 4.
-
-    Returns:
-        ``(N, dim)`` float32 in [-1, 1]; the first half encodes the column, the second half the row.
-
-    Raises:
-        ValueError: if ``dim`` is not divisible by 4 or ``positions`` is not ``(N, 2)``.
+    Returns ``(N, dim)`` float32 in [-1, 1]: the first half is of the column, the second of the row.
     """
     if dim % 4:
         raise ValueError(f"positional encoding width {dim} must be divisible by 4")

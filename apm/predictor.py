@@ -14,22 +14,13 @@ from apm.runtime.device import precision
 
 
 @dataclass(frozen=True)
-class View:
-    """A picture ``(H, W, 3)`` uint8 RGB as a model saw it, and its features ``(h, w, F)``.
-
-    ``left_out``: the shares of the photograph's sides that the model did not see.
-    """
+class Percept:
+    """A picture ``(H, W, 3)`` uint8 RGB as a model saw it, and what the model makes of it."""
 
     picture: np.ndarray
-    features: np.ndarray
-    left_out: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Percept(View):
-    """An APM's view, with the colours that it answers: ``(h, w, 3)`` RGB in [0, 1]."""
-
-    rgb: np.ndarray
+    features: np.ndarray  # (h, w, F)
+    left_out: Mapping[str, float]  # shares of the photograph's sides that were not seen
+    rgb: np.ndarray | None = None  # (h, w, 3) in [0, 1]; other models than an APM answer none
 
 
 @torch.inference_mode()
@@ -69,13 +60,11 @@ def answer_grid(
 
 
 def undo_token_offset(features: Tensor, offset: int) -> Tensor:
-    """Move features ``(..., h, w, F)`` of a model that learnt them ``offset`` places late.
-
-    The last ``offset`` places were never learnt: they repeat the row above.
-    """
+    """Move features ``(..., h, w, F)`` of a model that learnt them ``offset`` places late."""
     height, width = features.shape[-3:-1]
     learnt = height * width - offset
     tokens = features.flatten(-3, -2).roll(-offset, dims=-2)  # (..., h * w, F)
+    # The last places were never learnt: they repeat the row above.
     tokens[..., learnt:, :] = tokens[..., learnt - width : -width, :]
     return tokens.view_as(features)
 

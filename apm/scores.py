@@ -70,12 +70,8 @@ def mean_scores(
     scored: Sequence[Mapping[str, tuple[float, float]]],
 ) -> dict[str, dict[str, float]]:
     """Mean ``island_scores`` of each kind of features; pictures without any do not count."""
-    rows = [row for row in scored if row]
-    return {
-        name: {
-            "ari": float(np.mean([row[name][0] for row in rows])),
-            "nmi": float(np.mean([row[name][1] for row in rows])),
-            "images": len(rows),
-        }
-        for name in (rows[0] if rows else ())
-    }
+    rows, means = [row for row in scored if row], {}
+    for name in rows[0] if rows else ():
+        ari, nmi = np.mean([row[name] for row in rows], axis=0).tolist()
+        means[name] = {"ari": ari, "nmi": nmi, "images": len(rows)}
+    return means

@@ -27,7 +27,6 @@ class ClipTeacher(nn.Module):
     Attributes:
         preprocess: PIL image -> ``(3, h, h)``, as the teacher wants it.
         tokenize: sentences -> ``(n, length)``, cut where they are longer.
-        identity: the teacher's, as of ``identify``.
     """
 
     identity: dict[str, str | None]

@@ -19,7 +19,7 @@ from video_teacher import VideoTeacher, load_video_teacher
 from apm.data.images import Skipped, image_names, load_image, load_images
 from apm.drawing import save_islands
 from apm.islands import METHODS, island_colours
-from apm.predictor import View, crop_report, left_out
+from apm.predictor import Percept, crop_report, left_out
 from apm.preprocessing import Preprocessing, to_pixels
 from apm.runtime.cli import FLAGS, OUTPUTS, Results, command, make_parser
 from apm.runtime.device import precision, seed_everything, select_device
@@ -46,7 +46,7 @@ def parse(argv: list[str] | None) -> Namespace:
     return parser.parse_args(argv)
 
 
-def look(teacher: VideoTeacher, image: Image.Image, device: torch.device, dtype: str) -> View:
+def look(teacher: VideoTeacher, image: Image.Image, device: torch.device, dtype: str) -> Percept:
     """The picture as the transformer sees it, and its tokens."""
     resized, seen = teacher.transforms.resize_size[0], teacher.transforms.crop_size[0]
     preprocessing = Preprocessing(image_size=resized)
@@ -55,7 +55,7 @@ def look(teacher: VideoTeacher, image: Image.Image, device: torch.device, dtype:
         tokens = teacher(to_pixels(square)[None].to(device))[0]
     crop = left_out(image, preprocessing)
     lost = {side: 1 - seen / resized * (1 - crop.get(side, 0)) for side in ("width", "height")}
-    return View(np.asarray(center_crop(square, [seen])), tokens.cpu().numpy(), lost)
+    return Percept(np.asarray(center_crop(square, [seen])), tokens.cpu().numpy(), lost)
 
 
 @command

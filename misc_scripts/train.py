@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from training_run import Inputs, Progress, load_inputs
+from training_run import Inputs, Progress, load_inputs, summary_writer
 
 from apm.checkpoint import save_model
 from apm.config import TrainConfig
@@ -29,7 +29,7 @@ from apm.runtime import cli
 from apm.runtime.device import seed_everything, select_device
 from apm.runtime.distributed import claim_gpu, process_group, rank, shares, wait_for_all, world_size
 from apm.runtime.files import keep_settings, prepare_output
-from apm.runtime.logs import RowLog, summary_writer, write_table
+from apm.runtime.logs import RowLog, write_table
 
 STATE, CHECKPOINT = "last.pth", "apm.safetensors"
 LOGGED = ("step", "feature_loss", "rgb_loss", "learning_rate", "gradient_norm")

@@ -212,3 +212,12 @@ class Progress:
             self.distiller.optimizer.load_state_dict(state["optimizer"])
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{self.path}: not the state of this run ({error})") from error
+
+
+def summary_writer(folder: Path, step: int) -> Any:
+    """TensorBoard's writer for a run that goes on after ``step``."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard needs: pip install tensorboard") from error
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

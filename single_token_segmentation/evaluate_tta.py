@@ -6,10 +6,11 @@ was stopped goes on when it is given again.
 """
 
 import logging
+import re
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,11 @@ from apm.data.test_sets import (
     ALL,
     DATASETS,
     LabelledImages,
-    doubtful_names,
     load_dataset,
     read_batches,
     spread,
 )
-from apm.runtime.cli import OUTPUTS, ROOT, Results, command, positive_int, positive_ints
+from apm.runtime.cli import OUTPUTS, ROOT, Results, command, positive_int
 from apm.runtime.device import multiply_adds, seed_everything, select_device
 from apm.runtime.files import keep_settings, prepare_output
 from apm.runtime.logs import RowLog
@@ -37,6 +37,11 @@ from apm.tta import Adaptation, TestTimeTrainer
 
 logger = logging.getLogger(__name__)
 NAMES = 5  # of classes, that are shown
+
+
+def positive_ints(text: str) -> tuple[int, ...]:
+    """An argparse type: whole numbers of at least 1, separated by commas."""
+    return tuple(positive_int(number) for number in text.split(","))
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -57,6 +62,11 @@ def parse(argv: list[str] | None) -> Namespace:
     if not args.report_at:
         raise ValueError(f"--report-at: none is within the {args.iterations} iterations")
     return args
+
+
+def doubtful_names(class_names: Iterable[str]) -> list[str]:
+    """Names that say nothing to a teacher: numbers, single letters, unknown WordNet ids."""
+    return [name for name in class_names if re.fullmatch(r"\d+|[a-z]|n\d{8}", name)]
 
 
 def describe(data: LabelledImages) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from apm.drawing import (
     save_gallery,
     save_gif,
 )
-from apm.predictor import Percept, View
+from apm.predictor import Percept
 
 PICTURE = np.full((56, 56, 3), 200, np.uint8)
 ISLANDS = np.random.default_rng(0).random((4, 4, 3), np.float32)
@@ -49,7 +49,7 @@ def test_a_row_of_islands_says_what_is_a_centre_crop():
         "islands of agreement",
         "islands over input",
     ]
-    cut = island_row(View(PICTURE, features, {"width": 0.5}), ISLANDS, "islands (block 3)")
+    cut = island_row(Percept(PICTURE, features, {"width": 0.5}), ISLANDS, "islands (block 3)")
     assert list(cut) == ["input (centre crop)", "islands (block 3)", "islands over input"]
     assert input_label("A", {}) == "A"
 

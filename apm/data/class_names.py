@@ -39,11 +39,9 @@ def load_templates(choice: str) -> tuple[str, ...]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not text ({error})") from error
     templates = tuple(line.strip() for line in lines if line.strip())
-    for template in templates:
+    for template in templates or ("",):
         if template.count("{}") != 1:
-            raise ValueError(f"{path}: {template[:80]!r} must have exactly one {{}}")
-    if not templates:
-        raise ValueError(f"{path}: holds no template")
+            raise ValueError(f"{path}: template {template[:80]!r} must have exactly one {{}}")
     return templates
 
 

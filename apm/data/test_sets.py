@@ -1,8 +1,7 @@
 """Test sets of labelled images, by torchvision's own loaders and layouts."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +58,10 @@ CORRUPTIONS = (
 ALL = "all"
 
 
+def _itself(image: Image.Image) -> Image.Image:
+    return image
+
+
 @dataclass(frozen=True)
 class LabelledImages(Dataset):
     """A test set: pairs of an RGB image and its label.
@@ -67,17 +70,19 @@ class LabelledImages(Dataset):
         images: pairs of an image (of Pillow, a path, or ``(H, W, 3)`` uint8) and a label.
         class_names: what the labels count, as a sentence would have it.
         files_sha256: changes with the names, sizes and dates of the set's files.
+        prepare: what is made of each RGB image.
     """
 
     name: str
     images: Any
     class_names: tuple[str, ...]
     files_sha256: str
+    prepare: Callable[[Image.Image], Any] = _itself
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         """One pair, or ``UnreadableImage``."""
         try:
             image, label = self.images[index]
@@ -85,12 +90,13 @@ class LabelledImages(Dataset):
                 image = load_image(image)
             elif isinstance(image, np.ndarray):
                 image = Image.fromarray(image)
-            return image.convert("RGB"), int(label)
+            image = image.convert("RGB")
         except UnreadableImage:
             raise
         except Exception as error:  # decoders raise many types
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UnreadableImage(f"{self.name}, image {index}", reason) from error
+        return self.prepare(image), int(label)
 
 
 def load_dataset(
@@ -98,12 +104,9 @@ def load_dataset(
 ) -> LabelledImages:
     """A test set by its name, one of ``DATASETS``.
 
-    Args:
-        root: folder in torchvision's layout; for ``imagefolder`` one folder a class, named as the
-            class or by its WordNet id; for ``cifar10c`` the published ``.npy`` files.
-        download: let torchvision fetch what is missing.
-        corruption: of CIFAR-10-C, or ``"all"`` of its 15, one after the other.
-        severity: of CIFAR-10-C, 1..5.
+    ``root`` has torchvision's layout; for ``imagefolder`` one folder a class, named as the class or
+    by its WordNet id; for ``cifar10c`` the published files, of which ``corruption`` is one or
+    ``"all"`` of the 15, and ``severity`` 1..5. ``download`` lets torchvision fetch what is missing.
     """
     if name == "cifar10c":
         return _cifar10c(root, corruption, severity)
@@ -149,24 +152,10 @@ def _identity(files: Iterable[Path], root: Path) -> str:
     return dated_sha256({file.relative_to(root).as_posix(): file for file in files})
 
 
-def doubtful_names(class_names: Iterable[str]) -> list[str]:
-    """Names that say nothing to a teacher: numbers, single letters, unknown WordNet ids."""
-    return [name for name in class_names if re.fullmatch(r"\d+|[a-z]|n\d{8}", name)]
-
-
 def spread(count: int, limit: int | None) -> list[int]:
     """Indices of at most ``limit`` of ``count`` images, evenly spread: sets are sorted by class."""
     chosen = min(count, limit or count)
     return [index * count // chosen for index in range(chosen)]
-
-
-class _Prepared(Dataset):
-    def __init__(self, data: LabelledImages, prepare: Callable[[Image.Image], Tensor]) -> None:
-        self.data, self.prepare = data, prepare
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.data[index]
-        return self.prepare(image), label
 
 
 def read_batches(
@@ -183,7 +172,7 @@ def read_batches(
     Yields, of what can be read of a batch: indices, images ``(B, 3, h, w)`` and labels ``(B,)``.
     """
     batches = [indices[at : at + batch_size] for at in range(0, len(indices), batch_size)]
-    reader = load_batches(_Prepared(data, prepare), batches, workers, skipped)
+    reader = load_batches(replace(data, prepare=prepare), batches, workers, skipped)
     with tqdm(total=len(indices), desc=title, unit="image", disable=not indices) as progress:
         for batch, (found, items) in zip(batches, reader, strict=True):
             if found:

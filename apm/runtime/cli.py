@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from apm.runtime.device import device_name, is_out_of_memory
+from apm.runtime.device import is_out_of_memory
 from apm.runtime.files import ROOT, release_outputs, write_json
 
 OUTPUTS = ROOT / "outputs"
@@ -30,11 +30,6 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return value
-
-
-def positive_ints(text: str) -> tuple[int, ...]:
-    """An argparse type: whole numbers of at least 1, separated by commas."""
-    return tuple(positive_int(number) for number in text.split(","))
 
 
 def worker_count(text: str) -> int:
@@ -205,7 +200,8 @@ class Results:
         self.content: dict[str, Any] = {
             "command": Path(sys.argv[0]).name,
             "arguments": vars(args),
-            "device": device_name(device),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "threads": torch.get_num_threads(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
 

@@ -10,11 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def select_device(name: str) -> torch.device:
-    """``auto`` is CUDA, then MPS, then the CPU; float32 is float32 everywhere.
-
-    Raises:
-        ValueError: if the named device is not there.
-    """
+    """``auto`` is CUDA, then MPS, then the CPU; float32 is float32 everywhere."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next((device for device, there in available.items() if there), "cpu")
@@ -22,13 +18,6 @@ def select_device(name: str) -> torch.device:
         raise ValueError(f"--device {name}: not available on this machine, use cpu or auto")
     torch.backends.cudnn.allow_tf32 = False  # convolutions would have 10 bits of mantissa
     return torch.device(name)
-
-
-def device_name(device: torch.device) -> str:
-    """A device in words: the GPU's name, or the CPU and its thread count."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)"
 
 
 def precision(device: torch.device, dtype: str) -> AbstractContextManager:
@@ -56,10 +45,7 @@ def generator_at(seed: int, index: int) -> torch.Generator:
 
 
 def multiply_adds(work: Callable[[], object]) -> int:
-    """Multiply-adds of matrix products and convolutions, backward passes included.
-
-    torch's counter counts each as two operations.
-    """
+    """Multiply-adds of matrix products and convolutions, backward passes included."""
     with FlopCounterMode(display=False) as counter:
         work()
-    return counter.get_total_flops() // 2
+    return counter.get_total_flops() // 2  # torch counts each as two operations

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from apm.runtime.files import atomic_path
 
@@ -66,12 +65,3 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None
     lines = [",".join(columns) + "\n", *(_line(columns, row) for row in rows)]
     with atomic_path(path) as temporary:
         temporary.write_text("".join(lines))
-
-
-def summary_writer(folder: Path, step: int) -> Any:
-    """TensorBoard's writer for a run that goes on after ``step``."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError("--tensorboard needs: pip install tensorboard") from error
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

@@ -129,7 +129,7 @@ def draw_answers(axes: Axes, percept: Percept, islands: np.ndarray, grid: int) -
     arrow(axes, (7.2, MIDDLES[0]), (7.2, 4.5), (9.39, 4.5), (9.39, COLOURS + 0.37))
     box(axes, (8.93, COLOURS - 0.33, 0.92, 0.66), "RGB\nhead")
     side, left = 1.5, 10.3
-    for middle, answers in ((COLOURS, percept.rgb), (FEATURES, islands)):
+    for middle, answers in ((COLOURS, np.asarray(percept.rgb)), (FEATURES, islands)):
         arrow(axes, (9.85, middle), (left - 0.05, middle))
         picture(axes, answers, (left, middle - side / 2, side, side))
         mark(axes, left, middle - side / 2, side, grid)
