@@ -52,9 +52,7 @@ def save_model(
 ) -> None:
     """Write a model's config, preprocessing and weights atomically.
 
-    Args:
-        provenance: how the model was made, as plain values; default the model's own.
-        dtype: of the weights, but for a few that stay in float32; float16 halves the file.
+    ``provenance`` says how it was made, in plain values. A few weights stay float32 in any dtype.
     """
     header = {
         "config": asdict(model.config),
@@ -178,10 +176,7 @@ def save_tensors(path: str | os.PathLike[str], content: Any) -> None:
 
 
 def load_tensors(path: str | os.PathLike[str]) -> Any:
-    """Read torch's file of tensors and plain values onto the CPU, without running anything.
-
-    Any other file is refused with a ``ValueError``.
-    """
+    """Read torch's file of tensors and plain values onto the CPU, without running anything."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:

@@ -33,10 +33,8 @@ def island_series(features: np.ndarray, channels: int = 3, seed: int = 0) -> np.
     """The islands of one image at S times, or by S models, by t-SNE.
 
     ``(S, h, w, F)`` float -> ``(S, h, w, 3)`` float32 RGB in [0, 1]. Each embedding starts from the
-    one before, so that an island that stays keeps its colour.
-
-    Args:
-        channels: 3 for colours, 1 for the greys of the paper's Figure 3.
+    one before, so that an island that stays keeps its colour. One channel gives the greys of the
+    paper's Figure 3.
     """
     embedding: np.ndarray | None = None
     series = []
