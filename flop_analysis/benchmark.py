@@ -19,7 +19,7 @@ import workloads
 from baselines import TPT
 from released import LOCATIONS
 from table import print_table
-from timing import Work, measure
+from timing import Work, measure, timed_parser
 from torch import Tensor
 from torch.optim import Adam
 
@@ -33,7 +33,7 @@ from apm.islands import island_colours
 from apm.losses import rgb_targets
 from apm.predictor import perceive
 from apm.preprocessing import Preprocessing
-from apm.runtime.cli import FLAGS, OUTPUTS, Results, command, make_parser, positive_int
+from apm.runtime.cli import FLAGS, OUTPUTS, Results, command
 from apm.runtime.device import multiply_adds, precision, select_device
 from apm.runtime.files import ROOT, prepare_output
 from apm.tta import TestTimeTrainer
@@ -178,9 +178,7 @@ def random_data(folder: Path, count: int) -> TrainingSet:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__, "--output", "--device", output=OUTPUTS / "benchmark")
-    parser.add_argument("--repeats", type=positive_int, default=3, help="timed runs of each row")
-    args = parser.parse_args(argv)
+    args = timed_parser(__doc__, OUTPUTS / "benchmark", repeats=3).parse_args(argv)
     device = select_device(args.device)
     output = prepare_output(args.output)
     results, waits = Results(args, device), list[float]()

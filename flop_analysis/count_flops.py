@@ -16,10 +16,11 @@ from counting import HARMLESS, Call, count_forward, count_step
 from figure_2 import draw, features, figure_rows
 from released import LOCATIONS
 from table import compare, print_notes, print_table
+from timing import timed_parser
 from torch import Tensor, nn
 
 from apm import APM, APMConfig
-from apm.runtime.cli import OUTPUTS, Results, command, make_parser, positive_int
+from apm.runtime.cli import OUTPUTS, Results, command
 from apm.runtime.device import select_device
 from apm.runtime.files import prepare_output
 
@@ -144,9 +145,7 @@ def explain(clip: Row, dense: Row) -> list[str]:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__, "--output", "--device", output=OUTPUTS / "count_flops")
-    parser.add_argument("--repeats", type=positive_int, default=5, help="timed runs in Figure 2")
-    args = parser.parse_args(argv)
+    args = timed_parser(__doc__, OUTPUTS / "count_flops", repeats=5).parse_args(argv)
     device = select_device(args.device)
     output = prepare_output(args.output)
     results = Results(args, device)

@@ -64,6 +64,16 @@ def photograph(width: int = 80, height: int = 60, seed: int = 0) -> Image.Image:
     return image
 
 
+@pytest.fixture
+def photographs(tmp_path) -> Path:
+    """A folder of three pictures."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for index in range(3):
+        photograph(seed=index).save(folder / f"p{index}.png")
+    return folder
+
+
 def load_script(relative: str):
     """Import a script of the repository by its path, whatever its name."""
     path = ROOT / relative
@@ -96,3 +106,17 @@ def save_tiny_clip(path: Path) -> Path:
     )
     torch.save(clip.state_dict(), path)
     return path
+
+
+def refused(main, arguments) -> bool:
+    """Whether argparse refuses the arguments."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return ended.value.code == 2
+
+
+def help_of(main, capsys) -> str:
+    """What ``--help`` prints, in one line."""
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    return " ".join(capsys.readouterr().out.split())

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from clip.model import CLIP
-from conftest import ROOT, TINY, load_script, photograph, save_tiny_clip
+from conftest import ROOT, TINY, help_of, load_script, photograph, refused, save_tiny_clip
 from safetensors.torch import load_file
 
 from apm import APMConfig
@@ -257,18 +257,13 @@ def test_the_set_is_described_and_useless_names_are_pointed_out(
 
 
 def test_flags(main, arguments, capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = help_of(main, capsys)
     assert "iterations in the table (default: 1,5,10,20,50)" in printed
     assert "steps for each image (default: 50)" in printed
     for more in (["--input", "a.png"], ["--classes", "cat"], ["--every", "1"]):
-        with pytest.raises(SystemExit) as ended:
-            main([*arguments, *more])
-        assert ended.value.code == 2
+        assert refused(main, [*arguments, *more])
     for more in (["--report-at", "0"], ["--report-at", "a"], ["--parallel", "0"]):
-        with pytest.raises(SystemExit):
-            main([*arguments, *more])
+        assert refused(main, [*arguments, *more])
         assert f"argument {more[0]}" in capsys.readouterr().err
 
 

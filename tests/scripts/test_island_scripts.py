@@ -17,15 +17,6 @@ from apm import drawing, save_model
 from apm.preprocessing import Preprocessing
 
 
-@pytest.fixture
-def photographs(tmp_path):
-    folder = tmp_path / "photographs"
-    folder.mkdir()
-    for index in range(3):
-        photograph(seed=index).save(folder / f"p{index}.png")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def teacher_weights(tmp_path_factory):
     torch.manual_seed(0)

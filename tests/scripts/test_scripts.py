@@ -14,15 +14,6 @@ from apm.runtime.cli import FLAGS
 
 
 @pytest.fixture
-def photographs(tmp_path):
-    folder = tmp_path / "photographs"
-    folder.mkdir()
-    for index in range(3):
-        photograph(seed=index).save(folder / f"p{index}.png")
-    return folder
-
-
-@pytest.fixture
 def teacher_weights(tmp_path):
     torch.manual_seed(0)
     path = tmp_path / "vit.pth"

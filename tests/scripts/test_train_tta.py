@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import ROOT, TINY, load_script, photograph, save_tiny_clip
+from conftest import ROOT, TINY, help_of, load_script, photograph, refused, save_tiny_clip
 from PIL import Image
 
 from apm import APMConfig
@@ -77,23 +77,17 @@ def test_islands_every_fifth_of_the_iterations(
 
 @pytest.mark.parametrize("classes", ["cat,,dog", "cat,dog,", " ", ""])
 def test_an_empty_class_is_refused(main, command, capsys, classes):
-    with pytest.raises(SystemExit) as ended:
-        main([*command, "--classes", classes])
-    assert ended.value.code == 2
+    assert refused(main, [*command, "--classes", classes])
     printed = capsys.readouterr().err
     assert f"argument --classes: {classes!r} has an empty class name" in printed
 
 
 def test_flags(main, command, capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = help_of(main, capsys)
     assert "steps for each image (default: 250)" in printed
     assert "(default: a fifth of --iterations)" in printed
     for more in (["--dataset", "cifar10"], ["--limit", "1"], ["--report-at", "1"]):
-        with pytest.raises(SystemExit) as ended:
-            main([*command, *more])
-        assert ended.value.code == 2
+        assert refused(main, [*command, *more])
 
 
 def test_bad_input_is_one_line_and_status_2(main, command, tmp_path, capsys):
