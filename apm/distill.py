@@ -23,10 +23,10 @@ class NonFiniteError(ValueError):
 class Distiller:
     """A student, its optimiser, and what it learns from.
 
-    A part of each batch is answered from the column alone, so that one model can do both. A batch
-    may be shared out over processes, and by each over ``accumulate`` parts: see ``shares``. Every
-    random choice is made for the whole batch, as a function of seed and step. So neither number
-    changes what is learnt, and a run goes on from weights, optimiser and ``steps_done`` alone.
+    Some images of each batch are answered from the trigger column alone, without local patches.
+    ``shares`` gives each process, and each of ``accumulate`` parts, its images of the batch. Every
+    choice is made for the whole batch, as a function of seed and step: neither number changes what
+    is learnt, and a run goes on from weights, optimiser and ``steps_done`` alone.
 
     Args:
         model: the APM to train, on its device.
@@ -59,7 +59,7 @@ class Distiller:
         slow = [*model.fold.parameters(), *model.rgb_first.parameters()]
         rest = [p for p in model.parameters() if not any(p is other for other in slow)]
         self.optimizer = torch.optim.AdamW(
-            [{"params": rest, "share": 1.0}, {"params": slow, "share": config.fold_rate}],
+            [{"params": rest, "scale": 1.0}, {"params": slow, "scale": config.fold_rate}],
             weight_decay=config.weight_decay,
             fused=True,
         )
@@ -81,8 +81,9 @@ class Distiller:
         self.model.train()
         self.optimizer.zero_grad()
         generator = generator_at(config.seed, self.steps_done)
-        places = torch.randperm(self.model.config.column_dim, generator=generator)
+        places = torch.randperm(self.model.config.grid_size**2, generator=generator)
         places = places[: config.locations]
+        # The first images of a batch, which is in random order already.
         sees_local = torch.arange(self.batch_size) >= round(self.batch_size * config.null_share)
         total = torch.zeros(2, device=self.model.device)
         mine = shares(range(self.batch_size), self.accumulate)
@@ -102,7 +103,7 @@ class Distiller:
             )
         for group in self.optimizer.param_groups:
             rate = config.rate(self.steps_done, self.steps) * config.learning_rate
-            group["lr"] = group["share"] * rate
+            group["lr"] = group["scale"] * rate
         self.optimizer.step()
         self.steps_done += 1
         return total.cpu()
@@ -160,7 +161,7 @@ class Distiller:
         names = [prefix + loss for prefix in prefixes for loss in LOSSES]
         # Over images: the losses, 1, the mean colour (3) and the mean square of the colours.
         sums = torch.zeros(len(names) + 5, device=self.model.device)
-        places = torch.arange(self.model.config.column_dim)
+        places = torch.arange(self.model.config.grid_size**2)
         for pixels, features in batches:
             features = self.features(pixels, features)
             losses = [

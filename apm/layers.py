@@ -94,9 +94,9 @@ def _bias_free(in_features: int, out_features: int) -> nn.Linear | None:
 class LocalPatch(nn.Module):
     """``I_xy`` of Figure 1: one small network on the neighbourhood of every location.
 
-    Equal to cutting each neighbourhood out and running the network on it alone. Neighbours share
-    most of the work, which makes the network a convolution, first over half patches, then over
-    patches. Each residual block adds one half patch, or one patch, on every side.
+    Equal to the network on each neighbourhood cut out, where that lies within the image. Neighbours
+    share most of the work, which makes the network a convolution, first over half patches, then
+    over patches. Each residual block adds one half patch, or one patch, on every side.
     """
 
     def __init__(self, width: int, patch_size: int, blocks: tuple[int, int]) -> None:

@@ -25,11 +25,11 @@ def standardised_loss(answers: Tensor, targets: Tensor, mean: Tensor, std: Tenso
 
 
 def relational_loss(answers: Tensor, targets: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """``standardised_loss`` plus how alike the places of an image are to one another.
+    """``standardised_loss`` plus the error of how alike the places of an image are.
 
-    A student answers the mean of what a place may be, so what it is least sure of shrinks most. The
-    cosines between places, which islands are made of, are learnt as such: each image's features
-    are centred, and the squared error of all pairs is weighted by ``RELATION_WEIGHT``.
+    An unsure student answers a mean: its features are shorter than the teacher's, and places differ
+    less. The third term, weighted by ``RELATION_WEIGHT``, is the squared error of the cosines
+    between all pairs of places, of features centred on each image's mean.
     """
     one, other = (_cosines((features - mean) / std) for features in (answers, targets))
     return standardised_loss(answers, targets, mean, std) + RELATION_WEIGHT * F.mse_loss(one, other)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.optim import Adam
-from torch.optim.lr_scheduler import StepLR
 
 from apm.config import APMConfig
 from apm.model import APM
@@ -43,7 +42,7 @@ class Adaptation:
 
     @property
     def features(self) -> Tensor:
-        """``(N, F)``, after the last step; of ``adapt``."""
+        """``(N, F)``, after the last step; ``adapt_many`` has none."""
         return self.features_at[len(self.losses)]
 
 
@@ -85,10 +84,8 @@ class TestTimeTrainer:
     ) -> None:
         model = model or APM(APMConfig.tta())
         if model.pooling is None or iterations < 1:
-            raise ValueError(
-                "test-time training needs a student with pooling and at least one iteration, got "
-                f"pooling {model.config.pooling}, iterations {iterations}"
-            )
+            got = f"pooling {model.config.pooling}, iterations {iterations}"
+            raise ValueError(f"needs a student with pooling and at least one iteration, got {got}")
         self.iterations, self.learning_rate = iterations, learning_rate
         self.dtype, self.device = dtype, torch.device(device)
         self.model = model.to(self.device)
@@ -115,7 +112,7 @@ class TestTimeTrainer:
         Args:
             image: ``(3, H, W)``, preprocessed.
             target: ``(F,)``, the teacher's embedding of the image.
-            features_at: after how many steps, besides all, the features shall be kept.
+            features_at: numbers of steps after which the features are kept, besides the last.
             on_step: called after each step.
         """
         if not set(features_at) <= set(range(self.iterations + 1)):
@@ -154,12 +151,8 @@ class TestTimeTrainer:
         return self._step(partial(self._student, images), targets, self.optimizer)
 
     def _optimizer(self, weights: Iterable[Tensor]) -> Adam:
-        """Adam, whose learning rate falls with its steps."""
         # Fused: one pass over 23 million parameters instead of a dozen.
-        optimizer = Adam(weights, lr=self.learning_rate, fused=True)
-        schedule = StepLR(optimizer, DECAY_EVERY, DECAY)
-        optimizer.register_step_post_hook(lambda *_: schedule.step())
-        return optimizer
+        return Adam([{"params": list(weights), "steps_done": 0}], fused=True)
 
     def _run(
         self,
@@ -189,7 +182,10 @@ class TestTimeTrainer:
         losses = (pooled - targets).square().mean(dim=1)  # (K,); students share no weight
         optimizer.zero_grad(set_to_none=True)
         losses.sum().backward()
+        [group] = optimizer.param_groups
+        group["lr"] = self.learning_rate * DECAY ** (group["steps_done"] // DECAY_EVERY)
         optimizer.step()
+        group["steps_done"] += 1
         return losses.detach(), pooled.detach()
 
     def _answer(self, answer: Callable[[], Tensor]) -> Tensor:

@@ -1,9 +1,9 @@
 """Train an APM on a teacher's dense features (paper, section 3): feature loss + RGB loss.
 
-Defaults are the paper's, but for the model (--model coco): Adam, learning rate 1e-4, batches of 64,
-mean squared errors. A run that was stopped goes on with --resume, to the same weights as without
-the stop. Under torchrun every batch is shared out over the processes, and the result is that of one
-process:
+Defaults are the paper's: Adam, learning rate 1e-4, batches of 64, mean squared errors. Only the
+model is a small one; the paper's is --model coco. A run that was stopped goes on with --resume, to
+the same weights as without the stop. Under torchrun every batch is shared out over the processes,
+and the result is that of one process:
 
     torchrun --nproc-per-node 8 misc_scripts/train.py
 """
@@ -59,8 +59,8 @@ def parse(argv: list[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if not args.teacher and (args.teacher_weights or args.teacher_block + 1 or args.teacher_margin):
         raise ValueError(
-            "--teacher-weights, --teacher-block and --teacher-margin go with --teacher; a store's "
-            "features have theirs"
+            "--teacher-weights, --teacher-block and --teacher-margin go with --teacher: a store's "
+            "features are made already"
         )
     if (args.output / STATE).exists() and not args.resume:
         raise ValueError(f"{args.output}: holds a run; add --resume or choose another --output")
@@ -70,7 +70,7 @@ def parse(argv: list[str] | None) -> Namespace:
 def blame(distiller: Distiller, images: TrainingSet, batch: list[int]) -> str:
     """Which of this process's images of a batch have losses that are not finite."""
     mine = sorted(index for part in shares(batch, distiller.accumulate) for index in part)
-    places = torch.arange(distiller.model.config.column_dim)
+    places = torch.arange(distiller.model.config.grid_size**2)
     bad = []
     with torch.no_grad():
         for index in mine:
@@ -82,7 +82,7 @@ def blame(distiller: Distiller, images: TrainingSet, batch: list[int]) -> str:
         return "none of this process's images alone is the cause"
     if len(bad) < len(mine):
         return f"images {', '.join(bad)}"
-    return f"all images of the batch, {', '.join(bad)}: try a lower --learning-rate"
+    return f"all images of this process's batch, {', '.join(bad)}: try a lower --learning-rate"
 
 
 def train(inputs: Inputs, args: Namespace, config: TrainConfig) -> list[dict[str, float]]:
@@ -109,7 +109,7 @@ def train(inputs: Inputs, args: Namespace, config: TrainConfig) -> list[dict[str
     log, board = None, None
     if rank() == 0:
         prepare_output(args.output)
-        if not progress.path.exists():  # whatever the settings say, nothing was made with them
+        if not progress.path.exists():  # nothing was made with the settings
             (args.output / "settings.json").unlink(missing_ok=True)
         keep_settings(args.output / "settings.json", inputs.settings)
     progress.load()
@@ -117,6 +117,7 @@ def train(inputs: Inputs, args: Namespace, config: TrainConfig) -> list[dict[str
         log = RowLog(args.output / "steps.csv", LOGGED, until=distiller.steps_done)
         if args.tensorboard:
             board = summary_writer(args.output / "tensorboard", distiller.steps_done)
+    # Of several processes each may stop at another step: they go on from the last whole state.
     save_alone = progress.save if world_size() == 1 else lambda: None
     with cli.Stop() as stop:
         while (epoch := len(progress.history)) < config.epochs:

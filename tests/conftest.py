@@ -17,7 +17,7 @@ from apm.preprocessing import Preprocessing
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("tests", "misc_scripts", "misc_scripts/bundled", "single_token_segmentation")
 sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two workers share two cores
 
 # What scripts keep in the user's cache is no business of the tests, nor theirs of the user.
 CACHE = tempfile.mkdtemp(prefix="apm-tests-")

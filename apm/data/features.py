@@ -176,7 +176,9 @@ def _open_shard(path: Path, meta: Mapping[str, Any]) -> tuple[dict[str, Any], di
         raise ValueError(f"{path}: damaged ({error!r:.300}); extract again") from error
     layout = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in tensors.items()}
     if layout != expected:
-        raise ValueError(f"{path}: holds {layout!s:.300}, expected {expected}; extract again")
+        raise ValueError(
+            f"{path}: holds {layout!s:.300}, expected {expected!s:.300}; extract again"
+        )
     return header, tensors
 
 

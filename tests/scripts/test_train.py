@@ -311,7 +311,7 @@ def test_images_that_do_no_harm_alone_are_not_blamed(data, monkeypatch, capsys):
 
 def test_weights_that_explode_are_named_as_the_cause(data, capsys):
     assert main(flags(data, "run", "--learning-rate", "1e30")) == 2
-    assert "all images of the batch" in capsys.readouterr().err
+    assert "all images of this process's batch" in capsys.readouterr().err
 
 
 @pytest.fixture
