@@ -58,7 +58,8 @@ def parse(argv: list[str] | None) -> Namespace:
 
 def build_teacher(args: Namespace, model: APM, device: torch.device) -> DenseTeacher | None:
     """The teacher that the flags name; block and margin default to those of the checkpoint."""
-    trained = model.provenance.get("teacher", {})
+    trained = model.provenance.get("teacher")
+    trained = trained if isinstance(trained, dict) else {}
     name = args.teacher or (args.teacher_weights and trained.get("teacher"))
     if not name:
         return None

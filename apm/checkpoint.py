@@ -70,8 +70,7 @@ def save_model(
 def load_model(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> APM:
     """Load this project's checkpoints and both released formats, in float32 and eval mode.
 
-    ``model.preprocessing`` turns pictures into what the checkpoint was trained on. A file that is
-    no checkpoint, or whose weights do not fit, is refused with a ``ValueError``.
+    ``model.preprocessing`` makes pictures what it was trained on. ``ValueError``: no checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -84,6 +83,8 @@ def load_model(path: str | os.PathLike[str], device: torch.device | str = "cpu")
             raise ValueError(
                 f"preprocessing for {preprocessing.image_size} px, model for {config.image_size} px"
             )
+        if preprocessing.token_offset > config.column_dim - config.grid_size:
+            raise ValueError(f"token_offset {preprocessing.token_offset} is beyond the grid")
         with torch.device("meta"):  # nothing is drawn in vain
             model = APM(config)
         # Copies: a view of the file's memory would keep all of it.

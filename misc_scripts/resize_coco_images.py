@@ -26,7 +26,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     images = image_names(args.input, args.limit)
     output = prepare_output(args.output)
-    keep_settings(output / "settings.json", {"image_size": args.image_size})
+    settings = {"image_size": args.image_size, "input": str(args.input.resolve())}
+    keep_settings(output / "settings.json", settings)
     preprocessing = Preprocessing(image_size=args.image_size)
     results = Results(args, select_device("cpu"))
 

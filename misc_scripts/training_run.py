@@ -88,16 +88,13 @@ def training_sets(
 
 
 def feature_statistics(
-    dataset: TrainingSet, teacher: Callable[[Tensor], Tensor] | None
+    dataset: TrainingSet, teacher: DenseTeacher | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation ``(F,)`` of the features, stored or the teacher's, of 64 images.
-
-    The teacher takes ``(1, 3, H, W)`` in [0, 1].
-    """
+    """Mean and standard deviation ``(F,)`` of the features of 64 images."""
     sample = []
     for index in range(min(64, len(dataset))):
         pixels, features = dataset[index]
-        sample.append(teacher(pixels[None] / 255)[0].cpu() if teacher else features)
+        sample.append(teacher(pixels[None].to(device) / 255)[0].cpu() if teacher else features)
     features = torch.cat(sample).float()
     return features.mean(dim=0), features.std(dim=0)
 
@@ -158,7 +155,7 @@ def load_inputs(
             )
     preprocessing = Preprocessing(image_size=model.config.image_size)
     training, validation = training_sets(args, config, preprocessing, store)
-    mean, std = feature_statistics(validation, teacher)
+    mean, std = feature_statistics(validation, teacher, device)
     if args.init is None:  # what a student answers that knows nothing
         model.feature_head.bias.data = mean.clone()
     provenance = {

@@ -31,7 +31,7 @@ from apm.data.test_sets import (
 )
 from apm.runtime.cli import OUTPUTS, ROOT, Results, command, positive_int
 from apm.runtime.device import multiply_adds, seed_everything, select_device
-from apm.runtime.files import keep_settings, prepare_output
+from apm.runtime.files import keep_settings, prepare_output, read_json
 from apm.runtime.logs import RowLog
 from apm.tta import Adaptation, TestTimeTrainer
 
@@ -59,6 +59,11 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--parallel", type=positive_int, default=1, help="students trained at once")
     args = parser.parse_args(argv)
     args.report_at = sorted({step for step in args.report_at if step <= args.iterations})
+    made = args.data_root / "settings.json"  # of make_corruptions.py
+    if args.dataset == "cifar10c" and made.is_file():
+        levels = read_json(made).get("severities")
+        if levels != [1, 2, 3, 4, 5]:
+            raise ValueError(f"{args.data_root}: made with severities {levels}, expected all five")
     if not args.report_at:
         raise ValueError(f"--report-at: none is within the {args.iterations} iterations")
     return args

@@ -1,5 +1,6 @@
 """Teacher and students on a test set: embeddings, a row of predictions an image, accuracies."""
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from apm.token_teachers import TokenTeacher
 from apm.tta import Adaptation
 
 BATCH = 32  # images that a teacher embeds at once
+SAVE_SECONDS = 60  # of work that a kill may cost
 
 
 def embed_set(
@@ -31,7 +33,7 @@ def embed_set(
     Args:
         teacher: on its device.
         indices: of the images.
-        path: a safetensors file of this teacher and set: ``indices`` and ``labels`` ``(n,)``,
+        path: a safetensors file of this teacher and set: ``indices`` ``(n,)`` and
             ``embeddings`` ``(n, F)`` float32.
         skipped: takes the images that cannot be read.
 
@@ -41,26 +43,35 @@ def embed_set(
     Raises:
         ValueError: if the file is damaged, or no image can be read.
     """
+    kept: dict[int, Tensor] = {}
     try:
-        kept = load_file(path) if path.exists() else {}
-    except SafetensorError as error:
+        if path.exists():
+            content = load_file(path)
+            kept = dict(zip(content["indices"].tolist(), content["embeddings"], strict=True))
+    except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: damaged ({error}); remove it") from error
-    known = set(kept["indices"].tolist()) if kept else set()
-    missing = [index for index in indices if index not in known]
-    parts = [kept] if kept else []
-    device = next(teacher.parameters()).device
-    for found, images, labels in read_batches(
+
+    def write() -> None:
+        content = {"indices": torch.tensor([*kept]), "embeddings": torch.stack([*kept.values()])}
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(save(content))
+
+    missing = [index for index in indices if index not in kept]
+    device, written = next(teacher.parameters()).device, time.monotonic()
+    for found, images, _ in read_batches(
         data, teacher.preprocess, missing, BATCH, skipped, workers, title="teacher"
     ):
         embeddings = teacher(images.to(device)).cpu()
-        part = {"indices": torch.tensor(found), "labels": labels, "embeddings": embeddings}
-        parts.append(part)
+        if not embeddings.isfinite().all():
+            raise ValueError(f"{data.name}: the teacher's embeddings are not finite")
+        kept |= dict(zip(found, embeddings, strict=True))
+        if time.monotonic() - written > SAVE_SECONDS:
+            write()
+            written = time.monotonic()
     skipped.refuse_all(len(indices))
-    kept = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    if missing:
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(save(kept))
-    return dict(zip(kept["indices"].tolist(), kept["embeddings"], strict=True))
+    if missing and kept:
+        write()
+    return kept
 
 
 def row_columns(report_at: Sequence[int]) -> list[str]:

@@ -41,7 +41,7 @@ def load_templates(choice: str) -> tuple[str, ...]:
     templates = tuple(line.strip() for line in lines if line.strip())
     for template in templates or ("",):
         if template.count("{}") != 1:
-            raise ValueError(f"{path}: template {template[:80]!r} must have exactly one {{}}")
+            raise ValueError(f"{path}: {template[:80]!r} is no template with exactly one {{}}")
     return templates
 
 

@@ -223,4 +223,5 @@ class _Batches(Dataset):
 
 
 def _ignore_interrupts(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+    for number in (signal.SIGINT, signal.SIGTERM):  # which are the main process's to answer
+        signal.signal(number, signal.SIG_IGN)

@@ -91,7 +91,7 @@ class LabelledImages(Dataset):
             elif isinstance(image, np.ndarray):
                 image = Image.fromarray(image)
             image = image.convert("RGB")
-        except UnreadableImage:
+        except (UnreadableImage, MemoryError):
             raise
         except Exception as error:  # decoders raise many types
             reason = " ".join(str(error).split()) or type(error).__name__

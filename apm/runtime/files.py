@@ -7,6 +7,7 @@ the next run into that folder.
 import hashlib
 import json
 import os
+import re
 import reprlib
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parents[2]  # of the repository
 LOCK = ".lock"
+_LEFTOVER = re.compile(r"\.[0-9a-f]{16}\.part(\..*)?")  # of atomic_path
 _locks: dict[Path, FileLock] = {}
 
 
@@ -60,7 +62,7 @@ def prepare_output(folder: str | Path) -> Path:
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not Path(parent, name, LOCK).exists()]
         for name in names:
-            if name.startswith(".") and Path(name).stem.endswith(".part"):
+            if _LEFTOVER.fullmatch(name):
                 Path(parent, name).unlink(missing_ok=True)
     return folder
 
@@ -92,12 +94,9 @@ def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write plain values, numbers of arrays and paths as JSON, atomically."""
+    text = json.dumps(content, indent=2, default=lambda v: getattr(v, "item", v.__str__)())
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, default=_plain) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else str(value)
+        temporary.write_text(text + "\n")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

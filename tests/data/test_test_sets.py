@@ -7,7 +7,7 @@ from tiny_clip_data import load_splits
 
 from apm.data.class_names import CIFAR10_CLASSES
 from apm.data.images import UnreadableImage, find_images
-from apm.data.test_sets import CORRUPTIONS, DATASETS, doubtful_names, load_dataset, spread
+from apm.data.test_sets import CORRUPTIONS, DATASETS, load_dataset, spread
 
 
 def test_a_folder_of_class_folders(tmp_path):
@@ -73,11 +73,6 @@ def test_torchvisions_loaders_give_other_errors_and_modes(tmp_path):
     assert image.mode == "RGB" and label == 0
     with pytest.raises(UnreadableImage, match="caltech101, image 1: cannot identify"):
         data[1]
-
-
-def test_names_that_say_nothing():
-    nothing = ["7", "1234", "a", "n12345678"]
-    assert doubtful_names(["cat", "a330", *nothing, "ox", "boeing 707"]) == nothing
 
 
 def test_a_changed_set_of_ones_own_is_another_set(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from clip.model import CLIP
 from conftest import ROOT, TINY, help_of, load_script, photograph, refused, save_tiny_clip
+from evaluate_tta import doubtful_names
 from safetensors.torch import load_file
 
 from apm import APMConfig
@@ -192,7 +193,7 @@ def test_embeddings_are_kept_and_only_the_missing_ones_are_made(
     assert main([*arguments, "--limit", "3"]) == 0  # 0, 1 and 3
     assert embedded() == 2
     kept = load_file(tmp_path / "out" / "embeddings.safetensors")
-    assert kept["indices"].tolist() == [0, 2, 1, 3] and kept["labels"].tolist() == [0, 0, 0, 1]
+    assert kept["indices"].tolist() == [0, 2, 1, 3]
     assert kept["embeddings"].shape == (4, 64)
     assert results(tmp_path / "out")["images"] == 3  # 2 has its row, but was not asked for
     assert main([*arguments, "--limit", "2"]) == 0
@@ -306,3 +307,17 @@ def test_clip_vit_b16_goes_through_both_scripts(main, tmp_path, capsys):
     assert main([*command, *data, "--output", str(many)]) == 0
     assert len(rows(many)) == 1
     assert "1 images, 0 skipped; teacher top-1 100.00 %" in capsys.readouterr().out
+
+
+def test_names_that_say_nothing():
+    nothing = ["7", "1234", "a", "n12345678"]
+    assert doubtful_names(["cat", "a330", *nothing, "ox", "boeing 707"]) == nothing
+
+
+def test_a_corrupted_set_of_some_severities_is_refused(main, arguments, tmp_path, capsys):
+    """Its rows would be taken for those of other severities."""
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "settings.json").write_text('{"severities": [5]}')
+    more = ["--dataset", "cifar10c", "--data-root", str(tmp_path / "some")]
+    assert main([*arguments, *more]) == 2
+    assert "some: made with severities [5]" in capsys.readouterr().err

@@ -62,7 +62,7 @@ def test_only_images_with_features_of_the_same_file_are_taken(tmp_path, images):
 
 def test_statistics_of_stored_features_and_of_a_teachers(images):
     data = TrainingSet(images, SMALL, Store({}))
-    mean, std = feature_statistics(data, None)
+    mean, std = feature_statistics(data, None, torch.device("cpu"))
     letters = torch.tensor([float(ord(name)) for name in images])
     torch.testing.assert_close(mean, letters.mean().expand(2))
     torch.testing.assert_close(std, letters.repeat_interleave(4).std().expand(2))
@@ -71,5 +71,5 @@ def test_statistics_of_stored_features_and_of_a_teachers(images):
         assert pixels.shape == (1, 3, 28, 28) and pixels.max() <= 1
         return torch.tensor([[[1.0], [3.0]]])
 
-    mean, _ = feature_statistics(TrainingSet(images, SMALL), teacher)
+    mean, _ = feature_statistics(TrainingSet(images, SMALL), teacher, torch.device("cpu"))
     assert mean == 2
