@@ -55,14 +55,15 @@ RUN = {
     "python misc_scripts/1_extract_coco_features.py --dtype bfloat16 --batch-size 64 --workers 8": (
         Run(
             "--input outputs/resize_coco_images --teacher vit_tiny_patch16_224 "
-            "--teacher-weights vit_tiny_patch16_224_in1k.pth --workers 0"
+            "--teacher-weights vit_tiny_patch16_224_in1k.pth --workers 0 --dtype float32"
         )
     ),
     "python misc_scripts/train.py --model coco --dtype bfloat16 --workers 8 --save-every 500 "
     "--resume": (
         Run(
             "--input outputs/resize_coco_images --features outputs/1_extract_coco_features "
-            "--model small --epochs 1 --validation-images 1 --locations 32 --workers 0"
+            "--model small --epochs 1 --validation-images 1 --locations 32 --workers 0 "
+            "--dtype float32"
         )
     ),
     "python predict_test_image.py --checkpoint outputs/train/apm.safetensors": PCA,
