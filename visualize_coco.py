@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         features = {"student": percept.features}
         if args.score and model.config.local_width:
             features["column alone"] = look(image, local=False).features
-        pixels = to_pixels(model.preprocessing.picture(image))[None] / 255  # (1, 3, H, H)
+        pixels = to_pixels(percept.picture)[None] / 255  # (1, 3, H, H)
         if teacher is not None:
             answers = teacher(pixels.to(device))[0].cpu().numpy()  # (N, F)
             features["teacher"] = answers.reshape(percept.features.shape)

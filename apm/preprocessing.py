@@ -87,6 +87,6 @@ class Preprocessing:
         return (colours.flip(-1) if self.channels == "BGR" else colours).float().clamp(0, 1)
 
 
-def to_pixels(picture: Image.Image) -> Tensor:
+def to_pixels(picture: Image.Image | np.ndarray) -> Tensor:
     """An RGB picture -> ``(3, H, W)`` uint8."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)

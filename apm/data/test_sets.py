@@ -58,10 +58,6 @@ CORRUPTIONS = (
 ALL = "all"
 
 
-def _itself(image: Image.Image) -> Image.Image:
-    return image
-
-
 @dataclass(frozen=True)
 class LabelledImages(Dataset):
     """A test set: pairs of an RGB image and its label.
@@ -70,14 +66,14 @@ class LabelledImages(Dataset):
         images: pairs of an image (of Pillow, a path, or ``(H, W, 3)`` uint8) and a label.
         class_names: what the labels count, as a sentence would have it.
         files_sha256: changes with the names, sizes and dates of the set's files.
-        prepare: what is made of each RGB image.
+        prepare: what is made of each RGB image, if anything.
     """
 
     name: str
     images: Any
     class_names: tuple[str, ...]
     files_sha256: str
-    prepare: Callable[[Image.Image], Any] = _itself
+    prepare: Callable[[Image.Image], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -96,7 +92,7 @@ class LabelledImages(Dataset):
         except Exception as error:  # decoders raise many types
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UnreadableImage(f"{self.name}, image {index}", reason) from error
-        return self.prepare(image), int(label)
+        return self.prepare(image) if self.prepare else image, int(label)
 
 
 def load_dataset(

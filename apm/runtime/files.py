@@ -94,9 +94,12 @@ def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write plain values, numbers of arrays and paths as JSON, atomically."""
-    text = json.dumps(content, indent=2, default=lambda v: getattr(v, "item", v.__str__)())
     with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n")
+        temporary.write_text(json.dumps(content, indent=2, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else str(value)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
