@@ -105,7 +105,7 @@ class TrainConfig:
     null_share: float = _flag(0.3, "share of a batch that is answered from the column alone")
     feature_loss: str = _flag("mse", "of apm/losses.py; mse: the paper's", choices=FEATURE_LOSSES)
     rgb_weight: float = _flag(1.0, "weight of the RGB loss")
-    augment: bool = _flag(False, "random crops and flips, features alike")
+    augment: bool = _flag(False, "random crops, flips and parts of a patch, features alike")
     dtype: str = _flag("float32", "of matrix products", choices=("float32", "bfloat16"))
     seed: int = _flag(0, "seed of all randomness")
 

@@ -1,13 +1,14 @@
 """Distilling a dense teacher into an APM (paper, section 3): one step, one validation."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apm.config import TrainConfig
+from apm.layers import bilinear, move
 from apm.losses import FEATURE_LOSS_FUNCTIONS, rgb_targets
 from apm.model import APM
 from apm.runtime.device import generator_at, precision
@@ -69,7 +70,8 @@ class Distiller:
 
         Args:
             parts: this process's ``shares`` of the batch: images ``(B, 3, H, W)`` uint8 RGB and
-                teacher features ``(B, N, F)`` of the whole grid, or empty for the teacher to make.
+                teacher features ``(B, N, F)`` of the whole grid, or of one a whole number of times
+                as fine; empty for the teacher to make.
 
         Returns:
             Feature loss and RGB loss before the step, of the whole batch, ``(2,)``.
@@ -83,13 +85,16 @@ class Distiller:
         generator = generator_at(config.seed, self.steps_done)
         places = torch.randperm(self.model.config.grid_size**2, generator=generator)
         places = places[: config.locations]
+        half = self.model.config.patch_size // 2
+        moved = torch.randint(-half, max(half, 1), (2,), generator=generator).tolist()
+        moved = moved if config.augment else (0, 0)
         # The first images of a batch, which is in random order already.
         sees_local = torch.arange(self.batch_size) >= round(self.batch_size * config.null_share)
         total = torch.zeros(2, device=self.model.device)
         mine = shares(range(self.batch_size), self.accumulate)
         for (pixels, features), images in zip(parts, mine, strict=True):
             features = self.features(pixels, features)
-            losses = self.losses(pixels, features, places, sees_local[images])
+            losses = self.losses(pixels, features, places, sees_local[images], moved)
             losses = losses * (len(images) / self.batch_size)
             (losses[0] + config.rgb_weight * losses[1]).backward()
             total += losses.detach()
@@ -116,26 +121,32 @@ class Distiller:
             return self.teacher(pixels.to(self.model.device) / 255)
 
     def losses(
-        self, pixels: Tensor, features: Tensor, places: Tensor, sees_local: Tensor
+        self,
+        pixels: Tensor,
+        features: Tensor,
+        places: Tensor,
+        sees_local: Tensor,
+        moved: Sequence[int] = (0, 0),
     ) -> Tensor:
         """Feature loss and RGB loss, ``(2,)``.
 
         Args:
             places: ``(n,)``, indices of the grid's locations that are asked for.
             sees_local: ``(B,)`` bool, as of ``APM.query``.
+            moved: (rows, columns) by which all these locations are off the grid, in pixels.
         """
         model, device = self.model, self.model.device
         pixels, places, sees_local = (t.to(device) for t in (pixels, places, sees_local))
+        off_grid = torch.tensor(moved, device=device) / model.config.patch_size
+        positions = model.grid_positions()[places] + off_grid
         with precision(device, self.config.dtype):
             images = model.preprocessing.normalise(pixels)
-            answers, rgb = model.query(
-                model.encode(images),
-                model.grid_positions()[places],
-                images=images,
-                sees_local=sees_local,
-            )
-        targets = features.to(device)[:, places].float()
-        colours = self._colours(pixels)[:, places]
+            column = model.encode(images)
+            answers, rgb = model.query(column, positions, images=images, sees_local=sees_local)
+        # Cells of the teacher's grid along a side of one of the model's.
+        density = math.isqrt(features.shape[1]) / model.config.grid_size
+        targets = bilinear(features.to(device), (positions + 0.5) * density - 0.5)
+        colours = self._colours(pixels, moved)[:, places]
         feature_loss = FEATURE_LOSS_FUNCTIONS[self.config.feature_loss]
         return torch.stack(
             [
@@ -144,9 +155,9 @@ class Distiller:
             ]
         )
 
-    def _colours(self, pixels: Tensor) -> Tensor:
+    def _colours(self, pixels: Tensor, moved: Sequence[int] = (0, 0)) -> Tensor:
         """The mean colour of every patch: ``(B, N, 3)``."""
-        colours = self.model.preprocessing.colours(pixels)
+        colours = move(self.model.preprocessing.colours(pixels), *moved)
         return rgb_targets(colours, self.model.config.patch_size)
 
     @torch.no_grad()

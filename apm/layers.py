@@ -1,6 +1,7 @@
 """The layers that make an APM fast. Each docstring names the plain layer that it equals."""
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,13 @@ class Query(NamedTuple):
     local: Tensor | None
     sees_local: Tensor | None
     positions: Tensor
+
+    def split(self, size: int) -> Iterator["Query"]:
+        """The queries of ``size`` locations at a time."""
+        for start in range(0, max(len(self.positions), 1), size):
+            here = slice(start, start + size)
+            local = None if self.local is None else self.local[:, here]
+            yield self._replace(local=local, positions=self.positions[here])
 
 
 class QueryLinear(nn.Module):
@@ -112,6 +120,26 @@ class LocalPatch(nn.Module):
         x = self.fine(self.half_patches(images))  # (B, width / 2, 2h, 2h)
         return self.coarse(self.patches(x))
 
+    def at(self, images: Tensor, positions: Tensor) -> Tensor:
+        """Embeddings at ``(N, 2)`` real-valued positions in grid units: ``(B, N, width)``.
+
+        Equal to ``forward`` of the image moved so that the position is a grid point, by whole
+        pixels, mirrored at the border. Positions that are as far from a grid point share a pass.
+        """
+        patch = 2 * self.half_patches.kernel_size[0]
+        side = images.shape[-1] // patch
+        points = (positions + 0.5).floor().clamp(0, side - 1)
+        moves = ((positions - points) * patch).round().long()
+        moves, group = moves.unique(dim=0, return_inverse=True)
+        order = group.argsort(stable=True)
+        points = (points @ points.new_tensor([side, 1])).long()[order]
+        counts = group.bincount(minlength=len(moves)).tolist()
+        found = [
+            self(move(images, *by)).flatten(2)[..., here]
+            for by, here in zip(moves.tolist(), points.split(counts), strict=True)
+        ] or [self(images).flatten(2)[..., :0]]
+        return torch.cat(found, dim=-1)[..., order.argsort()].transpose(1, 2)
+
 
 class ResidualBlock(nn.Module):
     """``x + f(x)``, f a bottleneck that mixes 3x3 neighbours; starts as the identity."""
@@ -129,16 +157,38 @@ class ResidualBlock(nn.Module):
         return x + self.widen(F.relu_(self.mix(F.relu_(self.narrow(F.relu(x))))))
 
 
-def sample(maps: Tensor, positions: Tensor) -> Tensor:
-    """Values of ``(B, C, h, w)`` maps at ``(N, 2)`` (row, column) places, bilinear: ``(B, N, C)``.
+def move(images: Tensor, rows: int, columns: int, margin: int = 0) -> Tensor:
+    """Pixel (rows, columns) of ``(B, C, H, W)`` comes first; mirrored where the image ends.
 
-    Beyond the outermost grid points their values go on.
+    With a ``margin``, so many pixels more are seen on every side.
     """
-    sides = torch.tensor(maps.shape[-2:], device=positions.device)
-    grid = (2 * positions + 1) / sides - 1  # [-1, 1] from border to border
-    grid = grid.flip(-1).expand(len(maps), 1, -1, 2)
-    values = F.grid_sample(maps.float(), grid, padding_mode="border", align_corners=False)
-    return values[:, :, 0].transpose(1, 2).to(maps.dtype)
+    height, width = images.shape[-2:]
+    reach = margin + max(abs(rows), abs(columns))
+    if reach == 0:
+        return images
+    top, left = reach - margin + rows, reach - margin + columns
+    padded = F.pad(images, (reach,) * 4, mode="reflect")
+    return padded[..., top : top + height + 2 * margin, left : left + width + 2 * margin]
+
+
+def bilinear(features: Tensor, positions: Tensor) -> Tensor:
+    """Values between the points of a square grid: ``(B, M * M, F)`` -> ``(B, N, F)`` float32.
+
+    ``(N, 2)`` float positions are in units of that grid. Beyond the outermost points their values
+    go on.
+    """
+    side = math.isqrt(features.shape[1])
+    positions = positions.clamp(0, side - 1)
+    low = positions.floor()
+    above = positions - low
+    corners = [(low, 1 - above), ((low + 1).clamp(max=side - 1), above)]
+    values = features.new_zeros((), dtype=torch.float32)
+    for rows, row_share in corners:
+        for columns, column_share in corners:
+            places = (rows[:, 0] * side + columns[:, 1]).long()
+            share = row_share[:, 0] * column_share[:, 1]
+            values = values + share[:, None] * features[:, places].float()
+    return values
 
 
 class MeanPool(nn.Module):

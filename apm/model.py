@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apm.config import APMConfig
-from apm.layers import AttentionPool, LocalPatch, MeanPool, Query, QueryLinear, sample
+from apm.layers import AttentionPool, LocalPatch, MeanPool, Query, QueryLinear
 from apm.preprocessing import Preprocessing
 
 
@@ -61,12 +61,22 @@ class APM(nn.Module):
         self,
         column: Tensor,
         positions: Tensor,
-        local: Tensor | None = None,
+        images: Tensor | None = None,
         sees_local: Tensor | None = None,
     ) -> Query:
-        """The queries ``[T ; I_xy ; p_xy]``; ``local`` is ``(B, L, h, h)`` of ``local_patches``."""
-        at_positions = None if local is None else sample(local, positions)  # (B, N, L)
-        return Query(column, at_positions, sees_local, positions)
+        """The queries ``[T ; I_xy ; p_xy]`` at ``(N, 2)`` positions; arguments as of ``query``."""
+        self._check("column", column, (self.config.column_dim,))
+        self._check("positions", positions, (2,))
+        local = None
+        if images is not None and self.local_patch is not None:
+            self._check("images", images, (3, self.config.image_size, self.config.image_size))
+            if len(images) != len(column):
+                raise ValueError(f"{len(images)} images for {len(column)} columns")
+            last = self.config.grid_size - 0.5
+            if positions.numel() and not (-0.5 <= positions.min() and positions.max() <= last):
+                raise ValueError(f"positions must be in -0.5..{last}, where the image is")
+            local = self.local_patch.at(images, positions)  # (B, N, L)
+        return Query(column, local, sees_local, positions)
 
     def hidden(self, query: Query) -> Tensor:
         """The shared MLP: ``(B, N, trunk_widths[-1])``."""
@@ -96,7 +106,8 @@ class APM(nn.Module):
 
         Args:
             column: ``(B, D)`` trigger columns.
-            positions: ``(N, 2)`` float, (row, column) in grid units; default the whole grid.
+            positions: ``(N, 2)`` float, (row, column) in grid units, on the grid, between its
+                points, or half a unit beyond; default the whole grid.
             chunk_size: how many locations are answered at a time; default all. Bounds memory and
                 changes results by float rounding only.
             images: ``(B, 3, H, H)``, where the local patches come from in models that have them.
@@ -108,12 +119,9 @@ class APM(nn.Module):
         """
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk size {chunk_size} must be at least 1")
-        self._check("column", column, (self.config.column_dim,))
         positions = self.grid_positions() if positions is None else positions.float()
-        self._check("positions", positions, (2,))
-        local = self.local_patches(images, len(column))
-        chunks = positions.split(chunk_size or max(len(positions), 1))
-        answers = [self.answer(self.unfold(column, c, local, sees_local)) for c in chunks]
+        query = self.unfold(column, positions, images, sees_local)
+        answers = [self.answer(part) for part in query.split(chunk_size or max(len(positions), 1))]
         if len(answers) == 1:
             return answers[0]
         features, rgb = (torch.cat(parts, dim=1) for parts in zip(*answers, strict=True))
@@ -127,8 +135,8 @@ class APM(nn.Module):
         ``(B, D)`` -> ``(B, F)``. Arguments as of ``query``.
         """
         positions = self.grid_positions() if positions is None else positions.float()
-        query = self.unfold(column, positions, self.local_patches(images, len(column)))
-        return self._pooling()(self.hidden(query), positions, self.feature_head)
+        hidden = self.hidden(self.unfold(column, positions, images))
+        return self._pooling()(hidden, positions, self.feature_head)
 
     def pool(self, features: Tensor, positions: Tensor | None = None) -> Tensor:
         """Summarise the answers at ``(N, 2)`` positions: ``(B, N, F)`` -> ``(B, F)``.
@@ -142,21 +150,15 @@ class APM(nn.Module):
             raise ValueError("this APM has no pooled head: its config.pooling is None")
         return self.pooling
 
-    def local_patches(self, images: Tensor | None, count: int) -> Tensor | None:
-        """``I_xy`` on the grid, ``(B, L, h, h)``; None for models or calls without it."""
-        if images is None or self.local_patch is None:
-            return None
-        self._check("images", images, (3, self.config.image_size, self.config.image_size))
-        if len(images) != count:
-            raise ValueError(f"{len(images)} images for {count} columns")
-        return self.local_patch(images)
+    def grid_positions(self, side: int | None = None) -> Tensor:
+        """``(side * side, 2)`` positions in grid units, row by row: the middles of so many cells.
 
-    def grid_positions(self, height: int | None = None, width: int | None = None) -> Tensor:
-        """``(height * width, 2)`` grid points row by row; default the model's own grid."""
-        side, device = self.config.grid_size, self.device
-        rows = torch.arange(side if height is None else height, device=device, dtype=torch.float32)
-        columns = torch.arange(side if width is None else width, device=device, dtype=torch.float32)
-        return torch.cartesian_prod(rows, columns)
+        Default the model's own grid, whose positions are whole numbers.
+        """
+        step = self.config.grid_size / (side or self.config.grid_size)
+        cells = torch.arange(side or self.config.grid_size, device=self.device)
+        middles = (cells + 0.5) * step - 0.5
+        return torch.cartesian_prod(middles, middles)
 
     @property
     def device(self) -> torch.device:

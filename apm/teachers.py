@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from apm.checkpoint import fit_weights
+from apm.layers import move
 from apm.runtime.files import file_sha256
 
 DEFAULT_TEACHER = "vit_large_patch14_reg4_dinov2.lvd142m"
@@ -79,22 +80,32 @@ class DenseTeacher(nn.Module):
 
     The image is scaled so that one token stands for one location. With a ``margin`` it is first
     continued by that many patches on each side, mirrored, and the tokens of the margin are
-    dropped: tokens at a ViT's border, above all in the corners, are often outliers.
+    dropped: tokens at a ViT's border, above all in the corners, are often outliers. With a
+    ``density`` the ViT looks at ``density**2`` copies, moved by fractions of a patch (whole pixels,
+    mirrored), whose tokens are stitched to a grid so many times as fine.
 
     Attributes:
+        grid_size: tokens along a side of one copy.
         block: its number from the front; negative numbers count from the end.
         feature_dim: width of the tokens.
         identity: as of ``identify``, if the ViT was loaded by its name.
     """
 
     def __init__(
-        self, vit: VisionTransformer, *, grid_size: int = 32, block: int = -1, margin: int = 0
+        self,
+        vit: VisionTransformer,
+        *,
+        grid_size: int = 32,
+        block: int = -1,
+        margin: int = 0,
+        density: int = 1,
     ) -> None:
         super().__init__()
         for part in HEADS:
             setattr(vit, part, nn.Identity())
         self.vit: Any = vit.float().eval().requires_grad_(False)
         self.grid_size, self.block, self.margin = grid_size, block_index(block, vit.blocks), margin
+        self.density = density
         self.feature_dim = vit.num_features
         self.identity: dict[str, str | None] = {}
         config = timm.data.resolve_model_data_config(vit)
@@ -103,28 +114,48 @@ class DenseTeacher(nn.Module):
 
     def description(self) -> dict[str, Any]:
         """What decides the features, as plain values: kept with stores and checkpoints."""
-        names = ("block", "margin", "grid_size", "feature_dim")
-        return self.identity | {name: getattr(self, name) for name in names}
+        names = ("block", "margin", "density", "feature_dim")
+        description = self.identity | {name: getattr(self, name) for name in names}
+        return description | {"grid_size": self.grid_size * self.density}
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, H)`` float RGB in [0, 1] -> ``(B, grid_size**2, F)`` float32, row by row."""
+        """``(B, 3, H, H)`` float RGB in [0, 1] -> ``(B, N, F)`` float32, row by row.
+
+        ``N = (grid_size * density)**2``. Each token stands for the middle of its cell, to half a
+        pixel.
+        """
         patch = self.vit.patch_embed.patch_size[0]
         side, border = self.grid_size * patch, self.margin * patch
         if images.shape[-1] != side:
             images = F.interpolate(
                 images, (side, side), mode="bicubic", antialias=True, align_corners=False
             ).clamp(0, 1)
-        images = F.pad((images - self.mean) / self.std, (border,) * 4, mode="reflect")
+        images = (images - self.mean) / self.std
+        # How far the copies are moved: -4 and 3 of 14 pixels at a density of 2.
+        moves = [int(patch * ((i + 0.5) / self.density - 0.5) // 1) for i in range(self.density)]
+        copies = (move(images, row, column, border) for row in moves for column in moves)
+        tokens = [self._tokens(copy) for copy in copies]
+        stitched = F.pixel_shuffle(torch.stack(tokens, dim=2).flatten(1, 2), self.density)
+        return stitched.flatten(2).transpose(1, 2)
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        """Normalised images with their margins -> ``(B, F, grid_size, grid_size)`` float32."""
         tokens = self.vit.forward_intermediates(
             images, indices=[self.block], norm=True, intermediates_only=True, stop_early=True
         )[0]  # (B, F, grid + 2 margin, grid + 2 margin), without CLS and register tokens
         inner = slice(self.margin, self.margin + self.grid_size)
-        return tokens[:, :, inner, inner].flatten(2).transpose(1, 2).float()
+        return tokens[:, :, inner, inner].float()
 
 
 def load_dense_teacher(
-    name: str, weights: Path | None = None, *, grid_size: int = 32, block: int = -1, margin: int = 0
+    name: str,
+    weights: Path | None = None,
+    *,
+    grid_size: int = 32,
+    block: int = -1,
+    margin: int = 0,
+    density: int = 1,
 ) -> DenseTeacher:
     """Any plain ViT, by timm's name for it, as a dense teacher.
 
@@ -138,7 +169,9 @@ def load_dense_teacher(
     block_index(block, vit.blocks)  # before a download
     size = (grid_size + 2 * margin) * vit.patch_embed.patch_size[0]
     vit = load_timm(name, weights, HEADS, img_size=size)
-    teacher = DenseTeacher(vit, grid_size=grid_size, block=block, margin=margin)
+    teacher = DenseTeacher(
+        vit, grid_size=grid_size, block=block, margin=margin, density=density
+    )
     teacher.identity = identify(name, weights)
     return teacher
 

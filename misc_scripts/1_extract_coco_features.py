@@ -18,7 +18,7 @@ from apm.data.features import STORE_DTYPES, FeatureStore, StoreWriter
 from apm.data.images import Skipped, file_sizes, image_names, load_batches
 from apm.data.training_set import TrainingSet
 from apm.preprocessing import Preprocessing
-from apm.runtime.cli import OUTPUTS, Results, command, make_parser
+from apm.runtime.cli import OUTPUTS, Results, command, make_parser, positive_int
 from apm.runtime.device import precision, select_device
 from apm.runtime.distributed import claim_gpu, process_group, rank, wait_for_all, world_size
 from apm.runtime.files import prepare_output
@@ -38,6 +38,7 @@ def parse(argv: list[str] | None) -> Namespace:
         teacher_margin=0,
     )
     add = parser.add_argument
+    add("--density", type=positive_int, default=1, help="tokens along a side of a patch")
     add("--store-dtype", choices=STORE_DTYPES, default="int8", help="how features are stored")
     add("--verify", action="store_true", help="also compare the checksums of what is there")
     return parser.parse_args(argv)
@@ -98,7 +99,11 @@ def main(argv: list[str] | None = None) -> None:
     results = Results(args, device)
     with process_group(device):
         teacher = load_dense_teacher(
-            args.teacher, args.teacher_weights, block=args.teacher_block, margin=args.teacher_margin
+            args.teacher,
+            args.teacher_weights,
+            block=args.teacher_block,
+            margin=args.teacher_margin,
+            density=args.density,
         ).to(device)
         meta = teacher.description() | {"dtype": args.dtype, "store_dtype": args.store_dtype}
         if rank() > 0:

@@ -144,15 +144,17 @@ def load_inputs(
     else:
         # Training on right tokens undoes the released model's shift, and it is on cropped images.
         model.preprocessing = replace(model.preprocessing, token_offset=0, fit="crop")
-    for name, answered in (
-        ("grid_size", model.config.grid_size),
-        ("feature_dim", model.config.feature_dim),
-    ):
-        if source[name] != answered:
-            raise ValueError(
-                f"{args.teacher or args.features}: features of {name} {source[name]}, the model's "
-                f"have {answered}"
-            )
+    named, grid_size = args.teacher or args.features, model.config.grid_size
+    if source["grid_size"] % grid_size:
+        raise ValueError(
+            f"{named}: features of grid_size {source['grid_size']}, expected the model's "
+            f"{grid_size} or a multiple"
+        )
+    if source["feature_dim"] != model.config.feature_dim:
+        raise ValueError(
+            f"{named}: features of width {source['feature_dim']}, the model's have "
+            f"{model.config.feature_dim}"
+        )
     preprocessing = Preprocessing(image_size=model.config.image_size)
     training, validation = training_sets(args, config, preprocessing, store)
     mean, std = feature_statistics(validation, teacher, device)

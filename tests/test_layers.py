@@ -1,12 +1,13 @@
 """Each fast layer against the plain layer that its docstring names."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from reference import encoding
 from torch import nn
 
-from apm.layers import AttentionPool, LocalPatch, Query, QueryLinear, sample
+from apm.layers import AttentionPool, LocalPatch, Query, QueryLinear, bilinear, move
 from apm.positional_encoding import sincos_2d
 
 POSITIONS = torch.tensor([[0.0, 0.0], [3.0, 1.0], [0.25, 2.5], [3.0, 2.5]])
@@ -79,11 +80,51 @@ def test_attention_pool_is_multihead_attention_of_one_query(with_head):
     torch.testing.assert_close(pooled, expected[:, 0], atol=1e-5, rtol=1e-4)
 
 
-def test_sampling_at_grid_points_reads_them_and_is_bilinear_between():
-    maps = torch.rand(2, 3, 4, 4)
+@pytest.mark.parametrize("blocks", [(0, 0), (2, 0), (1, 1)])
+def test_between_grid_points_the_local_patch_is_the_network_on_the_neighbourhood_there(blocks):
+    torch.manual_seed(0)
+    network = LocalPatch(8, 4, blocks)
+    for name, parameter in network.named_parameters():
+        if "widen" in name:
+            nn.init.normal_(parameter)
+    border = -(-(blocks[0] * 2 + blocks[1] * 4) // 4) * 4
+    images = torch.randn(1, 3, 44, 44)
+    positions = torch.tensor([[5.25, 4.5], [4.0, 5.0], [5.25, 5.5], [4.75, 4.0]])
+    found = network.at(images, positions)
+    for position, embedding in zip(positions, found[0], strict=True):
+        top, left = (4 * position).int().tolist()
+        cut = move(images, top - border, left - border)[..., : 4 + 2 * border, : 4 + 2 * border]
+        alone = network(F.pad(cut, (8,) * 4))[0, :, border // 4 + 2, border // 4 + 2]
+        torch.testing.assert_close(embedding, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_at_the_border_the_local_patch_sees_the_image_mirrored():
+    torch.manual_seed(0)
+    network, images = LocalPatch(8, 4, (1, 1)), torch.randn(2, 3, 16, 16)
+    mirrored = torch.cat([images[..., 1:3].flip(-1), images[..., :-2]], dim=-1)
+    found = network.at(images, torch.tensor([[0.0, -0.5]]))
+    torch.testing.assert_close(found[:, 0], network(mirrored)[:, :, 0, 0])
+    assert network.at(images, torch.empty(0, 2)).shape == (2, 0, 8)
+
+
+@pytest.mark.parametrize(("rows", "columns", "margin"), [(0, 0, 0), (2, -1, 0), (-2, 1, 2)])
+def test_moved_images_are_windows_of_the_mirrored_image(rows, columns, margin):
+    image = np.random.default_rng(0).random((5, 6), np.float32)
+    mirrored = np.pad(image, 4, mode="reflect")
+    top, left = 4 + rows - margin, 4 + columns - margin
+    expected = mirrored[top : top + 5 + 2 * margin, left : left + 6 + 2 * margin]
+    moved = move(torch.from_numpy(image)[None, None], rows, columns, margin)
+    np.testing.assert_array_equal(moved[0, 0], expected)
+
+
+def test_bilinear_values_are_the_grids_at_its_points_and_shared_out_between():
+    features = torch.rand(2, 16, 3)
     grid = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0))
-    torch.testing.assert_close(sample(maps, grid), maps.flatten(2).transpose(1, 2))
-    between = sample(maps, torch.tensor([[1.0, 2.5]]))[:, 0]
-    torch.testing.assert_close(between, (maps[:, :, 1, 2] + maps[:, :, 1, 3]) / 2)
-    outside = sample(maps, torch.tensor([[-3.0, 9.0]]))[:, 0]
-    torch.testing.assert_close(outside, maps[:, :, 0, 3])
+    assert torch.equal(bilinear(features, grid), features)
+    places = 4 * torch.rand(50, 2) - 0.5
+    maps = features.transpose(1, 2).view(2, 3, 4, 4)
+    sampled = F.grid_sample(  # (x, y) in [-1, 1] from border to border
+        maps, ((places + 0.5) / 2 - 1).flip(-1).expand(2, 1, -1, 2),
+        padding_mode="border", align_corners=False,
+    )  # fmt: skip
+    torch.testing.assert_close(bilinear(features, places), sampled[:, :, 0].transpose(1, 2))

@@ -6,6 +6,7 @@ from torch import nn
 
 from apm import APM, APMConfig
 from apm.checkpoint import from_released
+from apm.layers import Query
 
 
 def count(model):
@@ -68,11 +69,37 @@ def test_some_locations_are_answered_as_among_all(asked):
     torch.testing.assert_close(answers, features[:, some], atol=1e-5, rtol=0)
 
 
-def test_a_location_between_grid_points_has_an_answer_of_its_own(asked):
-    model, images, column, (features, _) = asked
-    answers, _ = model.query(column, torch.tensor([[0.5, 0.5]]), images=images)
-    assert answers.shape == (2, 1, 16)
-    assert torch.cdist(answers[0], features[0]).min() > 1e-3
+def test_a_fine_grid_is_its_positions_asked_one_by_one(asked):
+    model, images, column, _ = asked
+    positions = model.grid_positions(10)
+    assert positions.min() == pytest.approx(-0.3) and positions.max() == pytest.approx(3.3)
+    features, rgb = model.query(column, positions, images=images)
+    order = torch.randperm(100)
+    shuffled = model.query(column, positions[order], chunk_size=7, images=images)
+    torch.testing.assert_close(shuffled[0], features[:, order], atol=1e-5, rtol=0)
+    torch.testing.assert_close(shuffled[1], rgb[:, order], atol=1e-5, rtol=0)
+    for place in (0, 34, 99):
+        alone, colour = model.query(column, positions[place][None], images=images)
+        torch.testing.assert_close(alone[:, 0], features[:, place], atol=1e-5, rtol=0)
+        torch.testing.assert_close(colour[:, 0], rgb[:, place], atol=1e-5, rtol=0)
+
+
+def test_between_grid_points_the_answer_is_of_the_image_moved_and_the_position_kept(asked):
+    model, images, column, _ = asked
+    position = torch.tensor([[1 + 3 / 14, 2 - 5 / 14]])
+    features, rgb = model.query(column, position, images=images)
+    moved = torch.nn.functional.pad(images, (5, 0, 0, 3), mode="reflect")[..., 3:, :56]
+    local = model.local_patch(moved)[:, :, 1, 2][:, None]
+    expected = model.answer(Query(column, local, None, position))
+    torch.testing.assert_close(features, expected[0])
+    torch.testing.assert_close(rgb, expected[1])
+
+
+@pytest.mark.parametrize("position", [(-0.6, 0.0), (0.0, 3.6), (float("nan"), 0.0)])
+def test_positions_beyond_the_image_are_refused_where_a_patch_is_cut(asked, position):
+    model, images, column, _ = asked
+    with pytest.raises(ValueError, match=r"positions must be in -0.5..3.5"):
+        model.query(column, torch.tensor([position]), images=images)
 
 
 def test_order_and_chunks_do_not_matter_in_the_coco_model():
@@ -120,7 +147,7 @@ def test_a_location_sees_a_neighbourhood_of_local_size_and_no_more(blocks):
     model = make_model(image_size=112, local_width=64, local_blocks=blocks)
     images = torch.rand(1, 3, 112, 112, requires_grad=True)
     row, column = 4, 3
-    model.local_patches(images, 1)[0, :, row, column].sum().backward()
+    model.local_patch(images)[0, :, row, column].sum().backward()
     seen = images.grad[0].abs().amax(dim=0) > 0
     margin = (model.config.local_size - 14) // 2
     expected = torch.zeros(112, 112, dtype=torch.bool)

@@ -47,6 +47,30 @@ def test_tokens_land_at_their_patches_with_random_weights(name, margin):
         assert moved.nonzero().tolist() == [[row, column]]
 
 
+@pytest.mark.parametrize(
+    ("name", "density", "moves"),
+    [(REGISTERS, 2, (-4, 3)), ("vit_tiny_patch16_224", 3, (-6, 0, 5))],
+)
+def test_a_dense_teachers_tokens_are_stitched_of_moved_images(name, density, moves):
+    """The middle of cell i of d in a patch of P pixels is P ((i + 1/2) / d - 1/2) off its own."""
+    teacher = random_weights_teacher(name, grid_size=4, margin=1, depth=2)
+    patch = teacher.vit.patch_embed.patch_size[0]
+    images = torch.rand(2, 3, 4 * patch, 4 * patch)
+    reach = 2 * patch
+    padded = torch.nn.functional.pad(images, (reach,) * 4, mode="reflect")
+    dense = DenseTeacher(teacher.vit, grid_size=4, margin=1, density=density)
+    tokens = dense(images).view(2, 4, density, 4, density, -1)
+    for i, rows in enumerate(moves):
+        for j, columns in enumerate(moves):
+            top, left = patch + rows, patch + columns
+            window = padded[..., top : top + 6 * patch, left : left + 6 * patch]
+            window = (window - teacher.mean) / teacher.std
+            plain = DenseTeacher(teacher.vit, grid_size=6)._tokens(window)
+            expected = plain[:, :, 1:-1, 1:-1].permute(0, 2, 3, 1)
+            torch.testing.assert_close(tokens[:, :, i, :, j], expected, atol=1e-4, rtol=1e-4)
+    assert dense.description()["grid_size"] == 4 * density
+
+
 def test_normalisation_is_timms_with_random_weights():
     teacher = random_weights_teacher(REGISTERS, grid_size=4, depth=2)
     seen = []
@@ -124,6 +148,7 @@ def test_the_description_is_of_name_file_and_place(tmp_path):
         "block": 4,
         "margin": 1,
         "grid_size": 4,
+        "density": 1,
         "feature_dim": 64,
     }
 
