@@ -14,7 +14,7 @@ import torch
 from apm import APM, load_model
 from apm.data.images import load_image
 from apm.drawing import enlarge, input_label, panels, save_gif, save_picture
-from apm.islands import METHODS, island_colours
+from apm.islands import METHODS, Palette, sample_landmarks
 from apm.predictor import answer_grid, crop_report, left_out
 from apm.runtime.cli import OUTPUTS, Results, command, make_parser, positive_int
 from apm.runtime.device import precision, seed_everything, select_device
@@ -29,7 +29,7 @@ def parse(argv: list[str] | None) -> Namespace:
     """The script's flags."""
     parser = make_parser(
         __doc__,
-        *("--checkpoint", "--output", "--device", "--dtype", "--seed", "--chunk-size"),
+        *("--checkpoint", "--output", "--device", "--dtype", "--seed", "--chunk-size", "--grid"),
         output=OUTPUTS / "interpolate",
     )
     add = parser.add_argument
@@ -44,7 +44,12 @@ def parse(argv: list[str] | None) -> Namespace:
 
 @torch.inference_mode()
 def percepts(
-    model: APM, ends: torch.Tensor, steps: int, chunk_size: int | None, dtype: str
+    model: APM,
+    ends: torch.Tensor,
+    steps: int,
+    chunk_size: int | None,
+    dtype: str,
+    grid: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features and RGB along the straight line between two images' columns.
 
@@ -58,7 +63,7 @@ def percepts(
         first, last = model.encode(ends)
         shares = torch.linspace(0, 1, steps, device=ends.device)
         columns = torch.lerp(first.float(), last.float(), shares[:, None])  # (steps, D)
-        frames = [answer_grid(model, column[None], chunk_size=chunk_size) for column in columns]
+        frames = [answer_grid(model, c[None], grid=grid, chunk_size=chunk_size) for c in columns]
     features, rgb = (np.concatenate(arrays) for arrays in zip(*frames, strict=True))
     return features, rgb
 
@@ -72,7 +77,7 @@ def strip(inputs: dict[str, np.ndarray], rgb: np.ndarray, islands: np.ndarray) -
         {"": np.full_like(start, 255)}
         | {f"islands {share}": colours for share, colours in zip(shares, islands, strict=True)},
     ]
-    return panels(rows, side=160, title=TITLE)
+    return panels(rows, (160, 160), TITLE)
 
 
 @command
@@ -87,10 +92,12 @@ def main(argv: list[str] | None = None) -> None:
 
     preprocessing = model.preprocessing
     ends = torch.stack([preprocessing(image) for image in images]).to(device)
-    features, rgb = percepts(model, ends, args.steps, args.chunk_size, args.dtype)
-    islands = island_colours(features, args.method, args.seed)
+    features, rgb = percepts(model, ends, args.steps, args.chunk_size, args.dtype, args.grid)
+    # t-SNE of all places of all frames would take minutes.
+    some = sample_landmarks(features, args.steps, args.seed) if args.method == "tsne" else features
+    islands = Palette(some, args.method, args.seed)(features)
     frames = [
-        np.hstack([enlarge(picture, FRAME_SIDE) for picture in pair])
+        np.hstack([enlarge(picture, (FRAME_SIDE, FRAME_SIDE)) for picture in pair])
         for pair in zip(rgb, islands, strict=True)
     ]
     for step, frame in enumerate(frames):

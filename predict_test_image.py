@@ -1,35 +1,85 @@
 """Show the islands of agreement of any photograph, or of every photograph in a folder.
 
-For each picture a figure: input, RGB reconstruction, islands, islands over the picture.
+For each picture a figure: input, RGB reconstruction, islands, islands over the picture. With --gif
+also an animation: of each picture, how its percept comes into being, place by place in any --order;
+of a folder with --joint, its pictures one after the other, as those of a video.
 """
 
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from apm import load_model
+import numpy as np
+import torch
+from PIL import Image
+
+from apm import APM, load_model
 from apm.data.images import Skipped, image_names, load_image, load_images
-from apm.drawing import save_islands
-from apm.islands import METHODS, island_colours
-from apm.predictor import crop_report, perceive
+from apm.drawing import enlarge, save_gif, save_islands, shape_of
+from apm.islands import METHODS, Palette, sample_landmarks
+from apm.predictor import ORDERS, answer_in_turn, crop_report, perceive, view_of, visiting_order
 from apm.runtime.cli import OUTPUTS, Results, command, make_parser
 from apm.runtime.device import seed_everything, select_device
 from apm.runtime.files import ROOT, prepare_output
 
+FRAMES = 24  # of a percept that comes into being
+TILE = 256  # px, of a picture's longer side in animations
+NOT_YET = 0.9  # grey of places that have not been asked
 
-@command
-def main(argv: list[str] | None = None) -> None:
+
+def parse(argv: list[str] | None) -> Namespace:
+    """The script's flags."""
     parser = make_parser(
         __doc__,
-        *("--checkpoint", "--input", "--output", "--device", "--dtype", "--seed", "--chunk-size"),
-        "--limit",
+        *("--checkpoint", "--input", "--output", "--grid", "--fit", "--consensus", "--device"),
+        *("--dtype", "--seed", "--chunk-size", "--limit"),
         input=ROOT / "assets" / "cat.jpg",
         output=OUTPUTS / "predict_test_image",
+        fit="stretch",
     )
     add = parser.add_argument
     add("--method", choices=METHODS, default="tsne", help="how islands are coloured")
+    add("--joint", action="store_true", help="like colours mean like features in all pictures")
+    add("--gif", action="store_true", help="also write animations")
+    add("--order", choices=ORDERS, default="random", help="in which --gif asks the places")
     add("--save-features", action="store_true", help="also write all arrays as .npz")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def animate(
+    path: Path, model: APM, image: Image.Image, palette: Palette, args: Namespace
+) -> np.ndarray:
+    """Ask the places in turn, show what is known after each part, and return all the features."""
+    view, grid = view_of(model, image, args.fit), args.grid or model.config.grid_size
+    order = visiting_order(grid, args.order, args.seed)
+    shape = shape_of(view.picture, TILE)
+    parts = torch.from_numpy(order).tensor_split(FRAMES)
+    features = np.zeros((grid**2, model.config.feature_dim), np.float32)
+    shown = np.full((2, grid**2, 3), NOT_YET, np.float32)
+    frames = []
+    for places, (answers, rgb) in zip(parts, answer_in_turn(model, view, grid, parts), strict=True):
+        features[places] = answers
+        shown[:, places] = rgb, palette(answers)
+        pictures = (view.picture, *shown.reshape(2, grid, grid, 3))
+        frames.append(np.hstack([enlarge(picture, shape) for picture in pictures]))
+    save_gif(path, frames)
+    return features.reshape(grid, grid, -1)
+
+
+def colour_changes(pictures: Sequence[np.ndarray]) -> list[float]:
+    """Mean absolute change of colour between neighbours of one shape, in [0, 1]."""
+    pairs = pairwise(pictures)
+    return [float(np.abs(a - b).mean()) for a, b in pairs if a.shape == b.shape]
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     device = select_device(args.device)
     paths = image_names(args.input, args.limit)
     if len(paths) == 1:
@@ -38,18 +88,46 @@ def main(argv: list[str] | None = None) -> None:
     output = prepare_output(args.output)
     results = Results(args, device)
     seed_everything(args.seed)
+
+    look = partial(perceive, model, fit=args.fit, chunk_size=args.chunk_size, dtype=args.dtype)
+    few = min(args.grid or 448, model.config.grid_size)  # t-SNE of many places would take minutes
+    palette = None
+    if args.joint:
+        images = (image for _, image in load_images(paths, Skipped()))
+        grids = (look(image, grid=few, consensus=args.consensus).features for image in images)
+        landmarks = sample_landmarks(grids, len(paths), args.seed)
+        palette = Palette(landmarks, args.method, args.seed)
     rows, skipped = [], Skipped()
+    everything: list[np.ndarray] = []  # all pictures' islands
     for name, image in load_images(paths, skipped):
         started = time.perf_counter()
-        percept = perceive(model, image, chunk_size=args.chunk_size, dtype=args.dtype)
+        percept = look(image, grid=args.grid, consensus=args.consensus)
         seconds = time.perf_counter() - started
         row: dict[str, Any] = {"image": str(paths[name]), "query_seconds": seconds}
-        islands = island_colours(percept.features, args.method, args.seed)
+        if not args.joint:
+            own = percept
+            if args.method == "tsne":
+                own = look(image, grid=few, consensus=args.consensus)
+            palette = Palette(own.features, args.method, args.seed)
+        assert palette is not None
+        islands = palette(percept.features)
         figure = output / f"{name}_islands.png"
-        rows.append(row | save_islands(figure, percept, islands, arrays=args.save_features))
-    results.save(output, images=rows, skipped=skipped)
+        row |= save_islands(figure, percept, islands, arrays=args.save_features)
+        if args.gif:
+            features = animate(output / f"{name}_{args.order}.gif", model, image, palette, args)
+            at_once = look(image, grid=args.grid).features
+            row["difference_to_all_at_once"] = float(np.abs(features - at_once).max())
+        everything.append(islands)
+        rows.append(row)
+    changes = colour_changes(everything)
+    if args.gif and args.joint and len(changes) == len(rows) - 1 > 0:
+        shape = shape_of(percept.picture, TILE)
+        save_gif(output / "islands.gif", [enlarge(islands, shape) for islands in everything])
+    results.save(output, images=rows, skipped=skipped, colour_changes=changes)
     if line := crop_report({row["image"]: row["left_out"] for row in rows}):
         print(line)
+    if changes:
+        print(f"islands' colours change by {np.mean(changes):.3f} from picture to picture")
     print(figure if len(paths) == 1 else f"{output}: {len(rows)} images, {len(skipped)} skipped")
 
 

@@ -2,12 +2,13 @@
 
 For each picture a figure: input, RGB reconstruction, islands; with --teacher also the teacher's
 islands in like colours and where student and teacher differ. With --score, instead of figures:
-how well k-means islands of student, teacher, colour and position agree with semantic masks.
+how well k-means islands of student, teacher, colour and position agree with semantic masks. On a
+finer --grid than 32 the student's own answers stand beside other ways to such a grid.
 """
 
 import sys
 from argparse import Namespace
-from functools import partial
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -16,16 +17,15 @@ import torch
 from matplotlib import colormaps
 
 from apm import APM, load_model
+from apm.comparison import Colours, Look, directions, palettes, score
 from apm.data.images import Skipped, UnreadableImage, image_names, load_images
-from apm.drawing import island_row, overlay, panels, save_gallery, save_picture
-from apm.islands import METHODS, island_colours, island_series
-from apm.losses import rgb_targets
-from apm.predictor import Percept, crop_report, perceive
-from apm.preprocessing import to_pixels
+from apm.drawing import island_row, overlay, panels, save_gallery, save_picture, shape_of
+from apm.islands import METHODS, sample_landmarks
+from apm.predictor import Percept, crop_report
 from apm.runtime.cli import OUTPUTS, Results, command, make_parser
 from apm.runtime.device import seed_everything, select_device
 from apm.runtime.files import ROOT, prepare_output
-from apm.scores import island_scores, mask_labels, mean_scores, pair_with_masks
+from apm.scores import mean_scores, pair_with_masks
 from apm.teachers import DenseTeacher, load_dense_teacher
 
 COCO = ROOT / "data" / "coco" / "val2017"
@@ -36,18 +36,21 @@ def parse(argv: list[str] | None) -> Namespace:
     parser = make_parser(
         __doc__,
         *("--checkpoint", "--input", "--output", "--teacher", "--teacher-weights"),
-        *("--teacher-block", "--teacher-margin", "--device", "--dtype", "--seed", "--chunk-size"),
-        "--limit",
+        *("--teacher-block", "--teacher-margin", "--grid", "--fit", "--consensus", "--device"),
+        *("--dtype", "--seed", "--chunk-size", "--limit"),
         input=COCO,
         output=OUTPUTS / "visualize_coco",
     )
     add = parser.add_argument
     add("--method", choices=METHODS, default="tsne", help="how islands are coloured")
+    add("--joint", action="store_true", help="like colours mean like features in all pictures")
     add("--masks", type=Path, help="folder of semantic masks, PNG of class ids named as the images")
     add("--score", action="store_true", help="score islands against --masks, draw nothing")
     args = parser.parse_args(argv)
     if args.score and args.masks is None:
         raise ValueError("--score needs --masks: a folder of semantic masks")
+    if args.fit is None:  # a score is compared with those of other versions, which saw the crop
+        args.fit = "crop" if args.score else "stretch"
     if args.input == COCO and not COCO.exists():
         raise FileNotFoundError(
             f"{COCO}: no such folder; name photographs with --input FOLDER, or fetch COCO's with "
@@ -79,40 +82,20 @@ def build_teacher(args: Namespace, model: APM, device: torch.device) -> DenseTea
     return teacher.to(device)
 
 
-def directions(features: np.ndarray) -> np.ndarray:
-    """``(S, h, w, F)`` -> every grid centred, every location of length 1: students' are shorter."""
-    centred = features - features.mean(axis=(1, 2), keepdims=True)
-    return centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-12)
-
-
-def figure(percept: Percept, teacher: np.ndarray | None, method: str, seed: int) -> np.ndarray:
+def figure(percept: Percept, teacher: np.ndarray | None, colours: Sequence[Colours]) -> np.ndarray:
     """One picture's figure, with a second row for the teacher's features ``(h, w, F)``."""
-    features = np.stack([percept.features] if teacher is None else [percept.features, teacher])
-    if method == "tsne":
-        colours = island_series(features, seed=seed)
-    else:
-        comparable = features if teacher is None else directions(features)
-        colours = island_colours(comparable, method, seed)
-    rows = [island_row(percept, colours[0])]
+    rows = [island_row(percept, colours[0](percept.features))]
     if teacher is not None:
-        one, other = directions(features)
-        cosine = (one * other).sum(axis=-1)
+        islands = colours[1](teacher)
+        cosine = (directions(percept.features) * directions(teacher)).sum(axis=-1)
         rows.append(
             {
-                "teacher's islands": colours[1],
-                "teacher's islands over input": overlay(percept.picture, colours[1]),
+                "teacher's islands": islands,
+                "teacher's islands over input": overlay(percept.picture, islands),
                 "error: black 0, bright opposite": colormaps["magma"]((1 - cosine) / 2)[..., :3],
             }
         )
-    return panels(rows)
-
-
-def score(
-    features: dict[str, np.ndarray], labels: np.ndarray, seed: int
-) -> dict[str, tuple[float, float]]:
-    """ARI and NMI of each kind of features; empty if the labels are of one class only."""
-    scores = {name: island_scores(points, labels, seed) for name, points in features.items()}
-    return {name: values for name, values in scores.items() if values is not None}
+    return panels(rows, shape_of(percept.picture))
 
 
 @command
@@ -125,39 +108,41 @@ def main(argv: list[str] | None = None) -> None:
     else:
         pairs, paths = {}, image_names(args.input, args.limit)
     model = load_model(args.checkpoint, device)
-    teacher = build_teacher(args, model, device)
+    look = Look(model, build_teacher(args, model, device), args.fit, args.chunk_size, args.dtype)
     output = prepare_output(args.output)
     results = Results(args, device)
     seed_everything(args.seed)
 
-    look = partial(perceive, model, chunk_size=args.chunk_size, dtype=args.dtype)
-    patch_size, positions = model.config.patch_size, model.grid_positions().cpu().numpy()
+    grid = args.grid or model.config.grid_size
+    few = min(grid, model.config.grid_size)  # t-SNE of many places would take minutes
+    landmark_grid = few if args.method == "tsne" or args.joint else grid
+    joint: list[Colours] = []
+    if args.joint and not args.score:
+        images = (image for _, image in load_images(paths, Skipped()))
+        grids = (look.both(image, few, consensus=args.consensus) for image in images)
+        joint = palettes(sample_landmarks(grids, len(paths), args.seed), args.method, args.seed)
     scored: list[dict[str, tuple[float, float]]] = []
     crops, skipped = {}, Skipped()
     for name, image in load_images(paths, skipped):
-        percept = look(image)
-        features = {"student": percept.features}
-        if args.score and model.config.local_width:
-            features["column alone"] = look(image, local=False).features
-        pixels = to_pixels(percept.picture)[None] / 255  # (1, 3, H, H)
-        if teacher is not None:
-            answers = teacher(pixels.to(device))[0].cpu().numpy()  # (N, F)
-            features["teacher"] = answers.reshape(percept.features.shape)
         if args.score:
             try:
-                labels = mask_labels(pairs[name][1], model.preprocessing, patch_size)
+                found, percept = score(
+                    *(look, image, pairs[name][1]), grid, args.consensus, args.seed
+                )
             except UnreadableImage as error:
                 skipped.add(error)
                 continue
-            features["colour"] = rgb_targets(pixels, patch_size)[0].numpy()
-            scored.append(score(features | {"position": positions}, labels, args.seed))
+            scored.append(found)
         else:
-            picture = figure(percept, features.get("teacher"), args.method, args.seed)
+            percept = look.student(image, grid, consensus=args.consensus)
+            own = look.both(image, landmark_grid, consensus=args.consensus)
+            colours = joint or palettes(own, args.method, args.seed)
+            picture = figure(percept, look.tokens(image, grid), colours)
             save_picture(output / f"{name}.png", picture)
         crops[name] = percept.left_out
     scores = mean_scores(scored)
     if args.score and not scores:
-        raise ValueError(f"{args.masks}: no mask has two classes with 10 locations each")
+        raise ValueError(f"{args.masks}: no mask has two classes of a hundredth of the picture")
     results.save(
         output,
         images=len(crops),
@@ -174,7 +159,13 @@ def main(argv: list[str] | None = None) -> None:
     if skipped:
         print(f"{len(crops)} images, {len(skipped)} skipped")
     for name, row in scores.items():
-        print(f"{name:13} ARI {row['ari']:.3f}  NMI {row['nmi']:.3f}  ({row['images']} images)")
+        gain = f"{row['gain']:+.3f} +- {row['gain_error']:.3f}"
+        ari = f"{row['ari']:.3f} +- {row['ari_error']:.3f}"
+        print(f"{name:24} ARI {ari} ({gain})  NMI {row['nmi']:.3f}")
+    if scores:
+        print(
+            f"{row['images']} images; in brackets the difference to the student's, paired over them"
+        )
 
 
 if __name__ == "__main__":

@@ -86,8 +86,9 @@ class Distiller:
         places = torch.randperm(self.model.config.grid_size**2, generator=generator)
         places = places[: config.locations]
         half = self.model.config.patch_size // 2
-        moved = torch.randint(-half, max(half, 1), (2,), generator=generator).tolist()
-        moved = moved if config.augment else (0, 0)
+        moved = [0, 0]
+        if config.augment:
+            moved = torch.randint(-half, max(half, 1), (2,), generator=generator).tolist()
         # The first images of a batch, which is in random order already.
         sees_local = torch.arange(self.batch_size) >= round(self.batch_size * config.null_share)
         total = torch.zeros(2, device=self.model.device)
@@ -143,9 +144,7 @@ class Distiller:
             images = model.preprocessing.normalise(pixels)
             column = model.encode(images)
             answers, rgb = model.query(column, positions, images=images, sees_local=sees_local)
-        # Cells of the teacher's grid along a side of one of the model's.
-        density = math.isqrt(features.shape[1]) / model.config.grid_size
-        targets = bilinear(features.to(device), (positions + 0.5) * density - 0.5)
+        targets = bilinear(features.to(device), positions, model.config.grid_size)
         colours = self._colours(pixels, moved)[:, places]
         feature_loss = FEATURE_LOSS_FUNCTIONS[self.config.feature_loss]
         return torch.stack(

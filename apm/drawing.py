@@ -1,6 +1,7 @@
 """Pictures, figures, animations and galleries made of arrays, written atomically."""
 
 import html
+import math
 import os
 import string
 from collections.abc import Mapping, Sequence
@@ -14,54 +15,68 @@ from PIL import Image, ImageDraw, ImageFont
 from apm.predictor import Percept
 from apm.runtime.files import atomic_path
 
-GAP = 12  # px
+GAP, SIDE = 12, 448  # px
 OPACITY = 0.55  # of islands over a picture
 ISLANDS = "islands of agreement"
 GALLERY = Path(__file__).with_name("gallery.html")
 
 
 def panels(
-    rows: Sequence[Mapping[str, np.ndarray]], side: int = 448, title: str = ""
+    rows: Sequence[Mapping[str, np.ndarray]],
+    shape: tuple[int, int] = (SIDE, SIDE),
+    title: str = "",
 ) -> np.ndarray:
     """Labelled pictures on white, row under row.
 
     Args:
-        rows: label -> picture ``(h, w, 3)``, uint8 or float in [0, 1], shown at ``side`` pixels.
+        rows: label -> picture ``(h, w, 3)``, uint8 or float in [0, 1].
+        shape: (height, width) at which each is shown, in pixels.
         title: a line above all rows.
 
     Returns:
         ``(H, W, 3)`` uint8.
     """
-    size = max(side // 20, 12)
+    height, width = shape
+    size = max(max(shape) // 20, 12)
     font, line = ImageFont.load_default(size=size), 2 * size
+    labels = [label for row in rows for label in row]
+    cell = max(width, *(math.ceil(font.getlength(label)) for label in labels))
     head = line if title else 0
-    width = GAP + max(map(len, rows)) * (side + GAP)
-    figure = Image.new("RGB", (width, head + len(rows) * (side + line + GAP)), "white")
+    across = GAP + max(map(len, rows)) * (cell + GAP)
+    figure = Image.new("RGB", (across, head + len(rows) * (height + line + GAP)), "white")
     draw = ImageDraw.Draw(figure)
-    draw.text((width // 2, line // 2), title, fill="black", font=font, anchor="mm")
+    draw.text((across // 2, line // 2), title, fill="black", font=font, anchor="mm")
     for row, pictures in enumerate(rows):
         for column, (label, picture) in enumerate(pictures.items()):
-            left, top = GAP + column * (side + GAP), head + row * (side + line + GAP)
-            centre = (left + side // 2, top + line // 2)
+            left, top = GAP + column * (cell + GAP), head + row * (height + line + GAP)
+            centre = (left + cell // 2, top + line // 2)
             draw.text(centre, label, fill="black", font=font, anchor="mm")
-            figure.paste(Image.fromarray(enlarge(picture, side)), (left, top + line))
+            shown = Image.fromarray(enlarge(picture, shape))
+            figure.paste(shown, (left + (cell - width) // 2, top + line))
     return np.asarray(figure)
 
 
-def enlarge(picture: np.ndarray, side: int) -> np.ndarray:
-    """``(h, w, 3)``, uint8 or float in [0, 1] -> ``(side, side, 3)`` uint8, without smoothing."""
+def enlarge(picture: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """``(h, w, 3)``, uint8 or float in [0, 1] -> ``(*shape, 3)`` uint8, without smoothing."""
     if picture.dtype != np.uint8:
         picture = (picture * 255).round().astype(np.uint8)
-    small = len(picture) < side
+    small = len(picture) < shape[0] or picture.shape[1] < shape[1]
     sampling = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
-    return np.asarray(Image.fromarray(picture).resize((side, side), sampling))
+    return np.asarray(Image.fromarray(picture).resize(shape[::-1], sampling))
 
 
 def overlay(picture: np.ndarray, islands: np.ndarray) -> np.ndarray:
-    """Island colours ``(h, w, 3)`` in [0, 1] over a ``(H, H, 3)`` uint8 picture in grey: uint8."""
+    """Island colours ``(h, w, 3)`` in [0, 1] over a ``(H, W, 3)`` uint8 picture in grey: uint8."""
     grey = picture.mean(axis=-1, keepdims=True)
-    mixed = OPACITY * enlarge(islands, len(picture)) + (1 - OPACITY) * grey
+    mixed = OPACITY * enlarge(islands, picture.shape[:2]) + (1 - OPACITY) * grey
     return mixed.round().astype(np.uint8)
+
+
+def shape_of(picture: np.ndarray, longest: int = SIDE) -> tuple[int, int]:
+    """(height, width) at which a picture is shown, its longer side at so many pixels."""
+    height, width = picture.shape[:2]
+    share = longest / max(height, width)
+    return max(1, round(share * height)), max(1, round(share * width))
 
 
 def input_label(name: str, left_out: Mapping[str, float]) -> str:
@@ -84,7 +99,7 @@ def save_islands(
 
     Returns the figure's path and what a crop left out, for ``results.json``.
     """
-    save_picture(path, panels([island_row(view, islands, label)]))
+    save_picture(path, panels([island_row(view, islands, label)], shape_of(view.picture)))
     if arrays:
         rgb: dict[str, Any] = {} if view.rgb is None else {"rgb": view.rgb}
         with atomic_path(path.with_suffix(".npz")) as temporary:

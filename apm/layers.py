@@ -171,14 +171,14 @@ def move(images: Tensor, rows: int, columns: int, margin: int = 0) -> Tensor:
     return padded[..., top : top + height + 2 * margin, left : left + width + 2 * margin]
 
 
-def bilinear(features: Tensor, positions: Tensor) -> Tensor:
+def bilinear(features: Tensor, positions: Tensor, grid_size: int) -> Tensor:
     """Values between the points of a square grid: ``(B, M * M, F)`` -> ``(B, N, F)`` float32.
 
-    ``(N, 2)`` float positions are in units of that grid. Beyond the outermost points their values
-    go on.
+    ``(N, 2)`` float positions are in units of a grid of ``grid_size`` cells a side over the same
+    square. Beyond the outermost points their values go on.
     """
     side = math.isqrt(features.shape[1])
-    positions = positions.clamp(0, side - 1)
+    positions = ((positions + 0.5) * (side / grid_size) - 0.5).clamp(0, side - 1)
     low = positions.floor()
     above = positions - low
     corners = [(low, 1 - above), ((low + 1).clamp(max=side - 1), above)]

@@ -73,7 +73,7 @@ class APM(nn.Module):
             if len(images) != len(column):
                 raise ValueError(f"{len(images)} images for {len(column)} columns")
             last = self.config.grid_size - 0.5
-            if positions.numel() and not (-0.5 <= positions.min() and positions.max() <= last):
+            if positions.numel() and not (positions.min() >= -0.5 and positions.max() <= last):
                 raise ValueError(f"positions must be in -0.5..{last}, where the image is")
             local = self.local_patch.at(images, positions)  # (B, N, L)
         return Query(column, local, sees_local, positions)
@@ -151,13 +151,13 @@ class APM(nn.Module):
         return self.pooling
 
     def grid_positions(self, side: int | None = None) -> Tensor:
-        """``(side * side, 2)`` positions in grid units, row by row: the middles of so many cells.
+        """The middles of ``side`` x ``side`` cells of the image in grid units: ``(N, 2)``.
 
         Default the model's own grid, whose positions are whole numbers.
         """
-        step = self.config.grid_size / (side or self.config.grid_size)
-        cells = torch.arange(side or self.config.grid_size, device=self.device)
-        middles = (cells + 0.5) * step - 0.5
+        side = side or self.config.grid_size
+        middles = torch.arange(side, device=self.device) + 0.5
+        middles = middles * (self.config.grid_size / side) - 0.5
         return torch.cartesian_prod(middles, middles)
 
     @property

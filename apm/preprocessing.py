@@ -9,8 +9,9 @@ from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+FITS = ("crop", "stretch")
 _CHOICES = {
-    "fit": ("crop", "stretch"),
+    "fit": FITS,
     "channels": ("RGB", "BGR"),
     "scaling": ("unit", "min-max", "imagenet"),
 }
@@ -38,20 +39,25 @@ class Preprocessing:
             raise ValueError(f"image_size and token_offset must be whole numbers, got {numbers}")
 
     def picture(self, image: Image.Image) -> Image.Image:
-        """Resize and crop a photograph of any size to ``image_size``."""
-        return self._cut(image, Image.Resampling.BICUBIC)
+        """A photograph of any size as a square of side ``image_size``."""
+        # The crop is taken first, so that a 1 x 5000 image does not become 448 x 2,240,000.
+        size = (self.image_size,) * 2
+        return image.resize(size, Image.Resampling.BICUBIC, box=self._box(image))
 
-    def labels(self, mask: Image.Image) -> np.ndarray:
-        """A label image cut and resized as its photograph is: ``(H, W)`` int64."""
-        return np.asarray(self._cut(mask, Image.Resampling.NEAREST), np.int64)
+    def labels(self, mask: Image.Image, side: int) -> np.ndarray:
+        """A label image as its photograph, of another size: ``(side, side)`` int64."""
+        size = (side,) * 2
+        labels = mask.resize(size, Image.Resampling.NEAREST, box=self._box(mask))
+        return np.asarray(labels, np.int64)
 
-    def _cut(self, image: Image.Image, sampling: Image.Resampling) -> Image.Image:
+    def _box(self, image: Image.Image) -> tuple[float, float, float, float] | None:
+        """(left, top, right, bottom) of the centre crop; None where all is kept."""
+        if self.fit != "crop":
+            return None
         width, height = image.size
         side = min(width, height)
         left, top = (width - side) / 2, (height - side) / 2
-        # The crop is taken first, so that a 1 x 5000 image does not become 448 x 2,240,000.
-        box = (left, top, left + side, top + side) if self.fit == "crop" else None
-        return image.resize((self.image_size,) * 2, sampling, box=box)
+        return left, top, left + side, top + side
 
     def __call__(self, image: Image.Image) -> Tensor:
         """An RGB image of any size -> ``(3, image_size, image_size)`` float32."""

@@ -1,18 +1,23 @@
 """How well islands agree with human masks: k-means on the locations against the mask's classes."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from torch import Tensor
 
+from apm.consensus import COLOUR, agree
 from apm.data.images import image_names, load_labels
 from apm.preprocessing import Preprocessing
 
 UNLABELLED = 0
-MIN_LOCATIONS = 10
+MIN_SHARE = 10 / 32**2  # of a picture's locations, that a class must have to count
 PCA_DIM = 32
 
 
@@ -27,16 +32,16 @@ def pair_with_masks(images: Path, masks: Path) -> dict[str, tuple[Path, Path]]:
     return pairs
 
 
-def mask_labels(mask: Path, preprocessing: Preprocessing, patch_size: int) -> np.ndarray:
-    """The majority class of a mask in each of a model's patches: ``(N,)`` int, row by row.
+def mask_labels(mask: Path, preprocessing: Preprocessing, grid: int) -> np.ndarray:
+    """The majority class of a mask in each cell of a grid: ``(N,)`` int, row by row.
 
     Raises:
         UnreadableImage: if the mask cannot be read.
     """
-    labels = preprocessing.labels(load_labels(mask))  # (H, H)
-    side = len(labels) // patch_size
-    patches = labels.reshape(side, patch_size, side, patch_size).swapaxes(1, 2)
-    return np.array([np.bincount(patch).argmax() for patch in patches.reshape(side**2, -1)])
+    fine = -(-preprocessing.image_size // grid)  # pixels along a side of a cell
+    labels = preprocessing.labels(load_labels(mask), fine * grid)
+    cells = labels.reshape(grid, fine, grid, fine).swapaxes(1, 2).reshape(grid**2, fine**2)
+    return np.array([np.bincount(cell).argmax() for cell in cells])
 
 
 def island_scores(
@@ -44,15 +49,16 @@ def island_scores(
 ) -> tuple[float, float] | None:
     """Cluster the locations' features, ``(..., F)``, and compare the clusters with ``(N,)`` labels.
 
-    Features are centred and reduced to 32 dimensions; k is the number of classes with at least 10
-    locations; unlabelled locations (0) take part in the clustering but not in the comparison.
+    Features are centred and reduced to 32 dimensions; k is the number of classes with at least one
+    in a hundred locations (10 of 32 x 32); unlabelled ones (0) take part in the clustering but not
+    in the comparison.
 
     Returns:
         Adjusted Rand index (at most 1, 0 by chance) and normalised mutual information (0..1);
         None where fewer than two classes are large enough.
     """
     labelled = labels != UNLABELLED
-    k = int((np.bincount(labels[labelled]) >= MIN_LOCATIONS).sum())
+    k = int((np.bincount(labels[labelled]) >= MIN_SHARE * len(labels)).sum())
     if k < 2:
         return None
     points = features.reshape(len(labels), -1)
@@ -66,12 +72,79 @@ def island_scores(
     )
 
 
+def ways_to(
+    name: str,
+    features: np.ndarray,
+    colours: Tensor,
+    consensus: int,
+    few: np.ndarray,
+    few_colours: Tensor,
+) -> dict[str, np.ndarray]:
+    """Features of a grid and other ways to such features, by names that begin with ``name``.
+
+    Args:
+        features: ``(h, w, F)``, asked on the grid.
+        colours: ``(h, w, 3)`` float in [0, 1], mean colours of its cells.
+        consensus: steps, 0 for none.
+        few, few_colours: the same of the model's own grid. Where it is as fine there is no other
+            way but consensus.
+    """
+    ways = {name: features}
+    if few.shape != features.shape:
+        found = upsampled(few, few_colours, colours)
+        ways |= {f"{name}, {way}": values for way, values in found.items()}
+    if consensus:
+        agreed = agree(torch.from_numpy(features), colours, consensus).numpy()
+        ways[f"{name}, consensus {consensus}"] = agreed
+    return ways
+
+
+def upsampled(features: np.ndarray, coarse: Tensor, fine: Tensor) -> dict[str, np.ndarray]:
+    """Other ways to a finer grid, by name: ``(h, w, F)`` float32 -> ``(H, W, F)``.
+
+    Nearest neighbour, bilinear, and joint bilateral upsampling (Kopf et al. 2007): the mean of the
+    5 x 5 nearest places, weighted by distance and by how like the new place's their colour is.
+
+    Args:
+        coarse, fine: ``(h, w, 3)`` and ``(H, W, 3)`` float in [0, 1], mean colours of the cells.
+    """
+    maps, shape = torch.from_numpy(features).permute(2, 0, 1)[None], fine.shape[:2]
+    ways = {mode: F.interpolate(maps, shape, mode=mode)[0] for mode in ("nearest", "bilinear")}
+    places = [  # in units of the coarse grid
+        (torch.arange(n) + 0.5) * m / n - 0.5 for n, m in zip(shape, coarse.shape[:2], strict=True)
+    ]
+    total, weights = torch.zeros(*shape, features.shape[-1]), torch.zeros(*shape, 1)
+    for offset in product(range(-2, 3), repeat=2):
+        near = [place.round() + step for place, step in zip(places, offset, strict=True)]
+        rows, columns = ((n - place) ** 2 for n, place in zip(near, places, strict=True))
+        index = [n.long().clamp(0, m - 1) for n, m in zip(near, coarse.shape[:2], strict=True)]
+        inside = [n == i for n, i in zip(near, index, strict=True)]
+        there = (index[0][:, None], index[1])
+        colour = (coarse[there] - fine).square().sum(dim=-1)
+        weight = torch.exp(-(rows[:, None] + columns) / 2 - colour / (2 * COLOUR**2))
+        weight = (weight * (inside[0][:, None] & inside[1]))[..., None]
+        total += weight * torch.from_numpy(features)[there]
+        weights += weight
+    ways["joint bilateral"] = (total / weights).permute(2, 0, 1)
+    return {name: way.permute(1, 2, 0).numpy() for name, way in ways.items()}
+
+
 def mean_scores(
     scored: Sequence[Mapping[str, tuple[float, float]]],
 ) -> dict[str, dict[str, float]]:
-    """Mean ``island_scores`` of each kind of features; pictures without any do not count."""
+    """Mean ``island_scores`` of each kind of features; pictures without any do not count.
+
+    ``gain`` is the mean difference of its ARI to that of the first kind, paired over the pictures;
+    ``*_error`` are standard errors.
+    """
     rows, means = [row for row in scored if row], {}
     for name in rows[0] if rows else ():
-        ari, nmi = np.mean([row[name] for row in rows], axis=0).tolist()
-        means[name] = {"ari": ari, "nmi": nmi, "images": len(rows)}
+        ari, nmi = np.array([row[name] for row in rows]).T
+        gain = ari - [next(iter(row.values()))[0] for row in rows]
+        numbers = {"ari": ari, "nmi": nmi, "gain": gain}
+        means[name] = {key: float(values.mean()) for key, values in numbers.items()}
+        for key in ("ari", "gain"):
+            spread = float(numbers[key].std(ddof=1)) if len(rows) > 1 else 0.0
+            means[name][f"{key}_error"] = spread / len(rows) ** 0.5
+        means[name]["images"] = len(rows)
     return means

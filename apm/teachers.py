@@ -169,9 +169,7 @@ def load_dense_teacher(
     block_index(block, vit.blocks)  # before a download
     size = (grid_size + 2 * margin) * vit.patch_embed.patch_size[0]
     vit = load_timm(name, weights, HEADS, img_size=size)
-    teacher = DenseTeacher(
-        vit, grid_size=grid_size, block=block, margin=margin, density=density
-    )
+    teacher = DenseTeacher(vit, grid_size=grid_size, block=block, margin=margin, density=density)
     teacher.identity = identify(name, weights)
     return teacher
 

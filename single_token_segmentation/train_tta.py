@@ -75,8 +75,8 @@ def draw_series(
     for step, grey, colour in zip(grids, greys, colours, strict=True):
         upper[f"{step} iterations"], lower[f"{step}, in colour"] = grey, colour
         frame = {"input": picture, f"{step} iterations": grey, "in colour": colour}
-        frames.append(panels([frame], TILE))
-    save_picture(output / "islands.png", panels([upper, lower], TILE))
+        frames.append(panels([frame], (TILE, TILE)))
+    save_picture(output / "islands.png", panels([upper, lower], (TILE, TILE)))
     save_gif(output / "islands.gif", frames, milliseconds=600)
     return output / "islands.png"
 

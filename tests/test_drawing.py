@@ -14,6 +14,7 @@ from apm.drawing import (
     panels,
     save_gallery,
     save_gif,
+    shape_of,
 )
 from apm.predictor import Percept
 
@@ -23,21 +24,22 @@ ISLANDS = np.random.default_rng(0).random((4, 4, 3), np.float32)
 
 def test_panels_show_every_picture_at_its_place():
     rows = [{"a": PICTURE, "b": ISLANDS}, {"c": PICTURE}]
-    figure = panels(rows, side=56)
+    figure = panels(rows, (56, 56))
     assert figure.shape == (2 * (24 + 56 + 12), 12 + 2 * (56 + 12), 3)
     np.testing.assert_array_equal(figure[24:80, 12:68], PICTURE)
-    np.testing.assert_array_equal(figure[24:80, 80:136], enlarge(ISLANDS, 56))
+    np.testing.assert_array_equal(figure[24:80, 80:136], enlarge(ISLANDS, (56, 56)))
     assert (figure[116:172, 80:136] == 255).all()
-    titled = panels(rows, side=56, title="t")
+    titled = panels(rows, (56, 56), title="t")
     np.testing.assert_array_equal(titled[24:], figure)
     assert (titled[:24] == 255).mean() > 0.9 and titled[:24].min() < 100
 
 
 def test_pictures_are_enlarged_without_smoothing():
-    large = enlarge(ISLANDS, 40)
+    large = enlarge(ISLANDS, (40, 40))
     assert large.dtype == np.uint8
     np.testing.assert_array_equal(large[::10, ::10], (ISLANDS * 255).round())
-    assert overlay(PICTURE, ISLANDS).shape == (56, 56, 3)
+    assert overlay(PICTURE[:20], ISLANDS).shape == (20, 56, 3)
+    assert shape_of(PICTURE[:28]) == (224, 448) and shape_of(PICTURE, 100) == (100, 100)
 
 
 def test_a_row_of_islands_says_what_is_a_centre_crop():

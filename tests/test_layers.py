@@ -120,11 +120,13 @@ def test_moved_images_are_windows_of_the_mirrored_image(rows, columns, margin):
 def test_bilinear_values_are_the_grids_at_its_points_and_shared_out_between():
     features = torch.rand(2, 16, 3)
     grid = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0))
-    assert torch.equal(bilinear(features, grid), features)
+    assert torch.equal(bilinear(features, grid, 4), features)
     places = 4 * torch.rand(50, 2) - 0.5
     maps = features.transpose(1, 2).view(2, 3, 4, 4)
     sampled = F.grid_sample(  # (x, y) in [-1, 1] from border to border
         maps, ((places + 0.5) / 2 - 1).flip(-1).expand(2, 1, -1, 2),
         padding_mode="border", align_corners=False,
     )  # fmt: skip
-    torch.testing.assert_close(bilinear(features, places), sampled[:, :, 0].transpose(1, 2))
+    torch.testing.assert_close(bilinear(features, places, 4), sampled[:, :, 0].transpose(1, 2))
+    coarse = (places + 0.5) / 2 - 0.5  # of a grid half as fine
+    torch.testing.assert_close(bilinear(features, coarse, 2), bilinear(features, places, 4))

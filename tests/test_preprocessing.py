@@ -61,9 +61,11 @@ def test_labels_are_cut_as_the_photograph_and_never_mixed():
     labels = np.zeros((100, 200), np.uint8)
     labels[:, 100:] = 90
     labels[:, :50] = 7
-    out = Preprocessing(image_size=50).labels(Image.fromarray(labels))
+    out = Preprocessing(image_size=50).labels(Image.fromarray(labels), 50)
     assert set(np.unique(out)) == {0, 90}
     assert (out[:, :25] == 0).all() and (out[:, 25:] == 90).all()
+    whole = Preprocessing(fit="stretch").labels(Image.fromarray(labels), 4)
+    assert whole.tolist() == [[7, 0, 90, 90]] * 4
 
 
 def test_unknown_settings_are_refused():

@@ -32,14 +32,28 @@ def positive_int(text: str) -> int:
     return value
 
 
-def worker_count(text: str) -> int:
-    """An argparse type: a whole number of at least 0, cut to the number of cores."""
+def whole_number(text: str) -> int:
+    """An argparse type: a whole number of at least 0."""
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} must be at least 0")
-    return min(value, os.cpu_count() or 1)
+    return value
 
 
+def worker_count(text: str) -> int:
+    """An argparse type: a whole number of at least 0, cut to the number of cores."""
+    return min(whole_number(text), os.cpu_count() or 1)
+
+
+def grid_size(text: str) -> int:
+    """An argparse type: how many places a picture has along its longer side."""
+    value = int(text)
+    if not 1 <= value <= 448:
+        raise argparse.ArgumentTypeError(f"{text} must be in 1..448, at most one place a pixel")
+    return value
+
+
+FITS = ("crop", "stretch")
 DEVICES, DTYPES = ("auto", "cpu", "cuda", "mps"), ("float32", "bfloat16")
 FLAGS: dict[str, dict[str, Any]] = {
     "--checkpoint": {"type": Path, "default": CHECKPOINT, "help": "ours or a released one"},
@@ -52,7 +66,14 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--device": {"choices": DEVICES, "default": "auto", "help": "where to run"},
     "--dtype": {"choices": DTYPES, "default": "float32", "help": "precision of matrix products"},
     "--seed": {"type": int, "default": 0, "help": "seed of all randomness"},
-    "--chunk-size": {"type": positive_int, "help": "locations answered at a time (default: all)"},
+    "--grid": {"type": grid_size, "help": "places along a side, 1..448 (default: the model's own)"},
+    "--fit": {"choices": FITS, "help": "how a photograph becomes square: all of it, or its centre"},
+    "--consensus": {
+        "type": whole_number,
+        "default": 0,
+        "help": "steps in which like neighbours agree",
+    },
+    "--chunk-size": {"type": positive_int, "help": "places answered at a time (default: 16384)"},
     "--batch-size": {"type": positive_int, "default": 8, "help": "images at a time"},
     "--limit": {"type": positive_int, "help": "at most this many images (default: all)"},
     "--workers": {

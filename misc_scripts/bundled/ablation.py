@@ -135,11 +135,12 @@ def score(model: APM, pairs: dict[str, tuple[Path, Path]]) -> dict[str, float]:
     """
     scored = []
     for name, image in load_images({name: path for name, (path, _) in pairs.items()}, Skipped()):
-        mask = mask_labels(pairs[name][1], model.preprocessing, model.config.patch_size)
-        if (values := island_scores(perceive(model, image).features, mask)) is not None:
+        features = perceive(model, image).features
+        mask = mask_labels(pairs[name][1], model.preprocessing, len(features))
+        if (values := island_scores(features, mask)) is not None:
             scored.append({"student": values})
     if not scored:
-        raise ValueError("--masks: no mask has two classes with 10 locations each")
+        raise ValueError("--masks: no mask has two classes of a hundredth of the picture")
     return mean_scores(scored)["student"]
 
 

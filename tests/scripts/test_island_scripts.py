@@ -14,6 +14,7 @@ from conftest import ROOT, load_script, make_model, photograph
 from PIL import Image
 
 from apm import drawing, save_model
+from apm.comparison import directions
 from apm.preprocessing import Preprocessing
 
 
@@ -63,10 +64,7 @@ def predict(checkpoint, tmp_path):
 def test_predict_one_image(predict, photographs, method, capsys):
     status, output = predict("--input", str(photographs / "p0.png"), "--method", method)
     assert status == 0
-    assert capsys.readouterr().out.splitlines() == [
-        f"{photographs / 'p0.png'}: centre crop, 25 % of the width left out",
-        str(output / "p0_islands.png"),
-    ]
+    assert capsys.readouterr().out.splitlines() == [str(output / "p0_islands.png")]
     assert Image.open(output / "p0_islands.png").width > 1000
     assert results(output)["arguments"]["method"] == method
     assert no_leftovers(output)
@@ -87,6 +85,30 @@ def test_predict_saves_features(predict, photographs):
     arrays = np.load(output / "p0_islands.npz")
     assert arrays["features"].shape == (4, 4, 16)
     assert arrays["rgb"].shape == arrays["islands"].shape == (4, 4, 3)
+
+
+@pytest.mark.parametrize("method", ["tsne", "kmeans"])
+def test_a_folder_of_frames_in_one_palette_becomes_an_animation(predict, tmp_path, method, capsys):
+    """Of three equal frames, whose colours stay; the percepts come into being in any order."""
+    (tmp_path / "frames").mkdir()
+    for name in "abc":
+        photograph(80, 60).save(tmp_path / "frames" / f"{name}.png")
+    flags = ["--input", str(tmp_path / "frames"), "--method", method, "--grid", "8", "--joint"]
+    status, output = predict(*flags, "--gif", "--order", "spiral")
+    assert status == 0
+    assert Image.open(output / "islands.gif").size == (256, 192)
+    assert Image.open(output / "a_spiral.gif").n_frames == 46  # 24, there and back
+    said = results(output)
+    assert said["colour_changes"] == [0, 0]
+    assert "colours change by 0.000 from picture to picture" in capsys.readouterr().out
+    assert all(row["difference_to_all_at_once"] < 1e-5 for row in said["images"])
+
+
+@pytest.mark.parametrize("flag", [("--grid", "0"), ("--grid", "449"), ("--consensus", "-1")])
+def test_impossible_grids_and_steps_are_refused(predict, flag, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        predict(*flag)
+    assert stopped.value.code == 2 and flag[0] in capsys.readouterr().err
 
 
 def test_chunks_and_bfloat16_change_little(predict, photographs):
@@ -117,7 +139,7 @@ def test_predict_a_folder_skips_what_is_no_image(predict, photographs, capsys):
 )
 def test_a_centre_crop_is_named(predict, tmp_path, labels, capsys, size, lost):
     photograph(*size).save(tmp_path / "photo.png")
-    _, output = predict("--input", str(tmp_path / "photo.png"), "--method", "pca")
+    _, output = predict("--input", str(tmp_path / "photo.png"), "--method", "pca", "--fit", "crop")
     printed = capsys.readouterr().out.splitlines()
     assert labels[0][0][0] == ("input (centre crop)" if lost else "input")
     assert results(output)["images"][0]["left_out"] == pytest.approx(lost)
@@ -127,13 +149,14 @@ def test_a_centre_crop_is_named(predict, tmp_path, labels, capsys, size, lost):
         assert printed[0].endswith(line)
 
 
-def test_a_folder_of_crops_is_one_line(predict, tmp_path, labels, capsys):
+def test_a_folder_of_crops_is_said_on_one_line(predict, tmp_path, labels, capsys):
     (tmp_path / "images").mkdir()
     for name, size in {"a": (320, 80), "b": (80, 80), "c": (80, 100)}.items():
         photograph(*size).save(tmp_path / "images" / f"{name}.png")
-    assert predict("--input", str(tmp_path / "images"), "--method", "pca")[0] == 0
+    flags = ["--input", str(tmp_path / "images"), "--method", "pca"]
+    assert predict(*flags, "--fit", "crop")[0] == 0
     printed = capsys.readouterr().out
-    assert printed.count("\n") == 2
+    assert printed.count("\n") == 3
     assert "centre crop of 2 of 3 images, up to 75 % of a side left out" in printed
     assert [rows[0][0] for rows in labels] == [
         "input (centre crop)",
@@ -237,11 +260,25 @@ def test_visualize_with_teacher_and_scores_with_random_weights(
     assert page.count('loading="lazy"') == 2
     assert 'src="p0.png"' in page and (output / "p0.png").exists()
     assert results(output)["images"] == 2
+    assert results(output)["left_out"] == {}
+    assert main([*arguments, "--limit", "2", "--fit", "crop", "--joint", "--grid", "8"]) == 0
     assert results(output)["left_out"] == {name: {"width": 0.25} for name in ("p0", "p1")}
     assert "centre crop of 2 of 2 images" in capsys.readouterr().out
 
-    # On a 4 x 4 grid no class has the 10 locations that a score needs: see the message.
-    assert main([*arguments, "--masks", str(masks), "--score"]) == 2
+    scoring = [*arguments, "--masks", str(masks), "--score", "--grid", "8", "--consensus", "1"]
+    assert main(scoring) == 0
+    scores = results(output)["scores"]
+    ways = ("", ", nearest", ", bilinear", ", joint bilateral", ", consensus 1")
+    kinds = [f"{name}{way}" for name in ("student", "teacher") for way in ways]
+    assert set(scores) == {*kinds, "colour", "position"}  # this student has no local patches
+    assert scores["position"]["ari"] == 1 and scores["student"]["gain"] == 0
+    printed = capsys.readouterr().out
+    assert (
+        f"position                 ARI 1.000 +- 0.000 ({scores['position']['gain']:+.3f}" in printed
+    )
+    for path in masks.iterdir():
+        Image.new("L", (80, 60), 1).save(path)
+    assert main(scoring) == 2
     assert "no mask has two classes" in capsys.readouterr().err
     assert main([*arguments, "--score"]) == 2
     assert "--score needs --masks" in capsys.readouterr().err
@@ -265,7 +302,7 @@ def test_scores_of_the_bundled_checkpoint(tmp_path):
     assert scores["colour"]["ari"] > 0.9
     assert scores["position"]["ari"] < 0.3
     assert scores["student"]["images"] == 1
-    assert set(scores["student"]) == {"ari", "nmi", "images"}
+    assert {"ari", "ari_error", "nmi", "gain", "images"} <= set(scores["student"])
 
 
 def test_coco_that_was_not_fetched_says_how_to_go_on(monkeypatch, tmp_path, capsys):
@@ -309,9 +346,8 @@ def test_a_teacher_of_another_width_is_refused_with_random_weights(
 
 
 def test_a_student_that_is_only_shorter_than_its_teacher_has_its_colours():
-    directions = load_script("visualize_coco.py").directions
     teacher = np.random.default_rng(0).normal(size=(4, 4, 8))
-    student, same = directions(np.stack([0.1 * teacher + 3, teacher]))
+    student, same = directions(0.1 * teacher + 3), directions(teacher)
     np.testing.assert_allclose(student, same, atol=1e-9)
     np.testing.assert_allclose(np.linalg.norm(same, axis=-1), 1)
 
@@ -355,9 +391,9 @@ def test_interpolation_reaches_both_ends_from_the_columns_alone(model, photograp
 def test_the_strip_says_that_it_is_of_the_columns_alone(interpolate, monkeypatch, capsys):
     titles = []
 
-    def noting(rows, side, title):
+    def noting(rows, shape, title):
         titles.append((title, list(rows[0])))
-        return drawing.panels(rows, side, title)
+        return drawing.panels(rows, shape, title)
 
     monkeypatch.setattr(interpolate.script, "panels", noting)
     _, output = interpolate("--steps", "2")

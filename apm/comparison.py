@@ -1,0 +1,109 @@
+"""Student and teacher at the same places of a picture: their features, colours and scores."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from apm.islands import Palette
+from apm.layers import bilinear
+from apm.model import APM
+from apm.predictor import Percept, mean_colours, perceive
+from apm.preprocessing import to_pixels
+from apm.scores import island_scores, mask_labels, ways_to
+from apm.teachers import DenseTeacher
+
+Colours = Callable[[np.ndarray], np.ndarray]  # of features, as a Palette
+
+
+@dataclass
+class Look:
+    """How student and teacher, where there is one, look at pictures; ``fit`` and more as of
+    ``perceive``.
+    """
+
+    model: APM
+    teacher: DenseTeacher | None
+    fit: str
+    chunk_size: int | None = None
+    dtype: str = "float32"
+
+    def student(self, image: Image.Image, grid: int, **more: Any) -> Percept:
+        """As ``perceive``."""
+        more |= {"fit": self.fit, "chunk_size": self.chunk_size, "dtype": self.dtype}
+        return perceive(self.model, image, grid=grid, **more)
+
+    def tokens(self, image: Image.Image, grid: int, density: int = 1) -> np.ndarray | None:
+        """The teacher's features at the places of the student's: ``(h, w, F)``."""
+        if self.teacher is None:
+            return None
+        self.teacher.density = density
+        square = replace(self.model.preprocessing, fit=self.fit).picture(image)
+        tokens = self.teacher(to_pixels(square)[None].to(self.model.device) / 255)  # (1, N, F)
+        positions = self.model.grid_positions(grid)
+        tokens = bilinear(tokens, positions, self.model.config.grid_size)
+        return tokens.view(grid, grid, -1).cpu().numpy()
+
+    def both(self, image: Image.Image, grid: int, **more: Any) -> np.ndarray:
+        """Features of the student and, where there is one, of the teacher: ``(S, h, w, F)``."""
+        student = self.student(image, grid, **more).features
+        tokens = self.tokens(image, grid)
+        return np.stack([student] if tokens is None else [student, tokens])
+
+
+def palettes(landmarks: np.ndarray, method: str, seed: int) -> list[Colours]:
+    """Colours for the features of each of S models, in which what is alike has like colours.
+
+    ``landmarks`` ``(S, ..., F)`` are as of ``Palette``, at the same places for each model.
+    """
+    if len(landmarks) == 1:
+        return [Palette(landmarks, method, seed)]
+    if method == "tsne":
+        found: list[Palette] = []
+        for points in landmarks:
+            found.append(Palette(points, seed=seed, start=found[-1] if found else None))
+        return list(found)
+    means = [points.reshape(-1, points.shape[-1]).mean(axis=0) for points in landmarks]
+    pairs = zip(landmarks, means, strict=True)
+    shared = Palette(np.stack([directions(points, mean) for points, mean in pairs]), method, seed)
+    return [partial(_by_direction, shared, mean) for mean in means]
+
+
+def _by_direction(palette: Palette, mean: np.ndarray, features: np.ndarray) -> np.ndarray:
+    return palette(directions(features, mean))
+
+
+def directions(features: np.ndarray, mean: np.ndarray | None = None) -> np.ndarray:
+    """``(..., F)`` centred, every location of length 1: students' features are shorter."""
+    if mean is None:
+        mean = features.reshape(-1, features.shape[-1]).mean(axis=0)
+    centred = features - mean
+    return centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-12)
+
+
+def score(
+    look: Look, image: Image.Image, mask: Path, grid: int, consensus: int, seed: int
+) -> tuple[dict[str, tuple[float, float]], Percept]:
+    """ARI and NMI of each kind of features, and the percept; none if the mask has one class only.
+
+    Raises:
+        UnreadableImage: if the mask cannot be read.
+    """
+    model, own = look.model, look.model.config.grid_size
+    percept, few = look.student(image, grid), look.student(image, own)
+    labels = mask_labels(mask, replace(model.preprocessing, fit=look.fit), grid)
+    colours, few_colours = (mean_colours(percept.picture, side) for side in (grid, own))
+    features = ways_to("student", percept.features, colours, consensus, few.features, few_colours)
+    if model.config.local_width:
+        features["column alone"] = look.student(image, grid, local=False).features
+    tokens, few_tokens = look.tokens(image, grid, max(1, grid // own)), look.tokens(image, own)
+    if tokens is not None and few_tokens is not None:
+        features |= ways_to("teacher", tokens, colours, consensus, few_tokens, few_colours)
+    features["colour"] = colours.numpy()
+    features["position"] = np.indices((grid, grid)).transpose(1, 2, 0)
+    scores = {name: island_scores(points, labels, seed) for name, points in features.items()}
+    return {name: values for name, values in scores.items() if values is not None}, percept
