@@ -25,7 +25,7 @@ from apm.predictor import Percept, crop_report
 from apm.runtime.cli import OUTPUTS, Results, command, make_parser
 from apm.runtime.device import seed_everything, select_device
 from apm.runtime.files import ROOT, prepare_output
-from apm.scores import mean_scores, pair_with_masks
+from apm.scores import checkerboard, mean_scores, pair_with_masks
 from apm.teachers import DenseTeacher, load_dense_teacher
 
 COCO = ROOT / "data" / "coco" / "val2017"
@@ -113,8 +113,9 @@ def main(argv: list[str] | None = None) -> None:
     results = Results(args, device)
     seed_everything(args.seed)
 
-    grid = args.grid or model.config.grid_size
-    few = min(grid, model.config.grid_size)  # t-SNE of many places would take minutes
+    own = model.config.grid_size
+    grid = args.grid or own
+    few = min(grid, own)  # t-SNE of many places would take minutes
     landmark_grid = few if args.method == "tsne" or args.joint else grid
     joint: list[Colours] = []
     if args.joint and not args.score:
@@ -122,6 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         grids = (look.both(image, few, consensus=args.consensus) for image in images)
         joint = palettes(sample_landmarks(grids, len(paths), args.seed), args.method, args.seed)
     scored: list[dict[str, tuple[float, float]]] = []
+    repeats: list[float] = []
     crops, skipped = {}, Skipped()
     for name, image in load_images(paths, skipped):
         if args.score:
@@ -133,10 +135,12 @@ def main(argv: list[str] | None = None) -> None:
                 skipped.add(error)
                 continue
             scored.append(found)
+            if grid % own == 0 and grid > 2 * own:
+                repeats.append(checkerboard(percept.features, grid // own))
         else:
             percept = look.student(image, grid, consensus=args.consensus)
-            own = look.both(image, landmark_grid, consensus=args.consensus)
-            colours = joint or palettes(own, args.method, args.seed)
+            both = look.both(image, landmark_grid, consensus=args.consensus)
+            colours = joint or palettes(both, args.method, args.seed)
             picture = figure(percept, look.tokens(image, grid), colours)
             save_picture(output / f"{name}.png", picture)
         crops[name] = percept.left_out
@@ -148,6 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         images=len(crops),
         skipped=skipped,
         scores=scores,
+        checkerboard=float(np.mean(repeats)) if repeats else None,
         left_out={name: shares for name, shares in crops.items() if shares},
     )
     if line := crop_report(crops):
@@ -166,6 +171,8 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"{row['images']} images; in brackets the difference to the student's, paired over them"
         )
+    if repeats:
+        print(f"checkerboard of the student's own grid: {np.mean(repeats):.2f} (1: none)")
 
 
 if __name__ == "__main__":

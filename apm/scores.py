@@ -129,6 +129,25 @@ def upsampled(features: np.ndarray, coarse: Tensor, fine: Tensor) -> dict[str, n
     return {name: way.permute(1, 2, 0).numpy() for name, way in ways.items()}
 
 
+def checkerboard(features: np.ndarray, period: int) -> float:
+    """How much a feature map ``(N, N, F)`` repeats itself every ``period`` places; 1: no more than
+    at other lengths.
+
+    The spectral power along rows and columns at that period, divided by the mean at the three
+    frequencies below and the three above, one further away than a Hann window smears.
+    """
+    side = len(features)
+    centred = features - features.mean(axis=(0, 1))
+    window = np.hanning(side + 1)[:side]
+    power = np.zeros(side // 2 + 1)
+    for axis in (0, 1):
+        shape = np.expand_dims(window, (1 - axis, 2))
+        spectrum = np.abs(np.fft.rfft(centred * shape, axis=axis)) ** 2
+        power += spectrum.mean(axis=(1 - axis, 2))
+    k = side // period
+    return float(power[k] / np.mean([*power[k - 4 : k - 1], *power[k + 2 : k + 5]]))
+
+
 def mean_scores(
     scored: Sequence[Mapping[str, tuple[float, float]]],
 ) -> dict[str, dict[str, float]]:

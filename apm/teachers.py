@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from apm.checkpoint import fit_weights
+from apm.consensus import agree
 from apm.layers import move
 from apm.runtime.files import file_sha256
 
@@ -82,7 +83,8 @@ class DenseTeacher(nn.Module):
     continued by that many patches on each side, mirrored, and the tokens of the margin are
     dropped: tokens at a ViT's border, above all in the corners, are often outliers. With a
     ``density`` the ViT looks at ``density**2`` copies, moved by fractions of a patch (whole pixels,
-    mirrored), whose tokens are stitched to a grid so many times as fine.
+    mirrored), whose tokens are stitched to a grid so many times as fine. Last come steps of
+    ``consensus`` (``apm.consensus``).
 
     Attributes:
         grid_size: tokens along a side of one copy.
@@ -99,13 +101,14 @@ class DenseTeacher(nn.Module):
         block: int = -1,
         margin: int = 0,
         density: int = 1,
+        consensus: int = 0,
     ) -> None:
         super().__init__()
         for part in HEADS:
             setattr(vit, part, nn.Identity())
         self.vit: Any = vit.float().eval().requires_grad_(False)
         self.grid_size, self.block, self.margin = grid_size, block_index(block, vit.blocks), margin
-        self.density = density
+        self.density, self.consensus = density, consensus
         self.feature_dim = vit.num_features
         self.identity: dict[str, str | None] = {}
         config = timm.data.resolve_model_data_config(vit)
@@ -114,7 +117,7 @@ class DenseTeacher(nn.Module):
 
     def description(self) -> dict[str, Any]:
         """What decides the features, as plain values: kept with stores and checkpoints."""
-        names = ("block", "margin", "density", "feature_dim")
+        names = ("block", "margin", "density", "consensus", "feature_dim")
         description = self.identity | {name: getattr(self, name) for name in names}
         return description | {"grid_size": self.grid_size * self.density}
 
@@ -131,12 +134,17 @@ class DenseTeacher(nn.Module):
             images = F.interpolate(
                 images, (side, side), mode="bicubic", antialias=True, align_corners=False
             ).clamp(0, 1)
-        images = (images - self.mean) / self.std
+        pictures, images = images, (images - self.mean) / self.std
         # How far the copies are moved: -4 and 3 of 14 pixels at a density of 2.
         moves = [int(patch * ((i + 0.5) / self.density - 0.5) // 1) for i in range(self.density)]
         copies = (move(images, row, column, border) for row in moves for column in moves)
         tokens = [self._tokens(copy) for copy in copies]
         stitched = F.pixel_shuffle(torch.stack(tokens, dim=2).flatten(1, 2), self.density)
+        if self.consensus:
+            colours = F.adaptive_avg_pool2d(pictures, stitched.shape[-1])
+            pairs = zip(stitched.permute(0, 2, 3, 1), colours.permute(0, 2, 3, 1), strict=True)
+            stitched = torch.stack([agree(*pair, self.consensus) for pair in pairs])
+            return stitched.flatten(1, 2)
         return stitched.flatten(2).transpose(1, 2)
 
     def _tokens(self, images: Tensor) -> Tensor:
@@ -156,6 +164,7 @@ def load_dense_teacher(
     block: int = -1,
     margin: int = 0,
     density: int = 1,
+    consensus: int = 0,
 ) -> DenseTeacher:
     """Any plain ViT, by timm's name for it, as a dense teacher.
 
@@ -169,7 +178,9 @@ def load_dense_teacher(
     block_index(block, vit.blocks)  # before a download
     size = (grid_size + 2 * margin) * vit.patch_embed.patch_size[0]
     vit = load_timm(name, weights, HEADS, img_size=size)
-    teacher = DenseTeacher(vit, grid_size=grid_size, block=block, margin=margin, density=density)
+    teacher = DenseTeacher(
+        vit, grid_size=grid_size, block=block, margin=margin, density=density, consensus=consensus
+    )
     teacher.identity = identify(name, weights)
     return teacher
 

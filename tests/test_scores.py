@@ -8,6 +8,7 @@ from apm.consensus import COLOUR
 from apm.data.images import UnreadableImage
 from apm.preprocessing import Preprocessing
 from apm.scores import (
+    checkerboard,
     island_scores,
     mask_labels,
     mean_scores,
@@ -83,6 +84,16 @@ def test_gains_are_paired_over_the_pictures():
     other = mean_scores(rows)["other"]
     assert other["gain"] == pytest.approx(0.15) and other["gain_error"] == pytest.approx(0.05)
     assert other["ari_error"] == pytest.approx(0.25)
+
+
+def test_a_checkerboard_is_seen_and_noise_has_none():
+    random = np.random.default_rng(0)
+    smooth = random.normal(size=(64, 64, 20)).cumsum(axis=0).cumsum(axis=1)
+    assert checkerboard(smooth, 4) == pytest.approx(1, abs=0.3)
+    every_fourth = np.where(np.arange(64) % 4 == 1, smooth.std() / 3, 0)
+    assert checkerboard(smooth + every_fourth[:, None], 4) > 3
+    assert checkerboard(smooth + every_fourth[:, None, None], 4) > 3
+    assert checkerboard(smooth + every_fourth[:, None], 8) < 1.3
 
 
 def test_other_ways_to_a_finer_grid():

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 
+from apm.consensus import agree
 from apm.teachers import DenseTeacher, load_dense_teacher
 
 REGISTERS = "vit_small_patch14_reg4_dinov2"
@@ -69,6 +70,10 @@ def test_a_dense_teachers_tokens_are_stitched_of_moved_images(name, density, mov
             expected = plain[:, :, 1:-1, 1:-1].permute(0, 2, 3, 1)
             torch.testing.assert_close(tokens[:, :, i, :, j], expected, atol=1e-4, rtol=1e-4)
     assert dense.description()["grid_size"] == 4 * density
+    dense.consensus = 2
+    colours = torch.nn.functional.adaptive_avg_pool2d(images, 4 * density).permute(0, 2, 3, 1)
+    agreed = agree(tokens[1].reshape(4 * density, 4 * density, -1), colours[1], 2)
+    torch.testing.assert_close(dense(images)[1], agreed.flatten(0, 1))
 
 
 def test_normalisation_is_timms_with_random_weights():
@@ -149,6 +154,7 @@ def test_the_description_is_of_name_file_and_place(tmp_path):
         "margin": 1,
         "grid_size": 4,
         "density": 1,
+        "consensus": 0,
         "feature_dim": 64,
     }
 

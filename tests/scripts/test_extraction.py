@@ -62,11 +62,20 @@ def test_a_store_is_made_and_kept_with_random_weights(arguments, tmp_path, capsy
     for more, message in (
         (["--teacher-block", "1"], "block 0, not 1"),
         (["--teacher-margin", "1"], "margin 0, not 1"),
+        (["--density", "2"], "density 1, not 2"),
+        (["--consensus", "1"], "consensus 0, not 1"),
         (["--store-dtype", "float16"], "store_dtype 'int8', not 'float16'"),
         (["--limit", "4"], "images 5, not 4"),
     ):
         assert main([*arguments, *more]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_dense_store_is_four_times_as_large_with_random_weights(arguments, tmp_path):
+    assert main([*arguments, "--density", "2", "--consensus", "1", "--limit", "1"]) == 0
+    store = FeatureStore(tmp_path / "features")
+    assert store.read("sub/p0").shape == (4096, 64)
+    assert store.meta["grid_size"] == 64
 
 
 def test_what_is_missing_or_damaged_is_made_anew_with_random_weights(arguments, tmp_path, capsys):

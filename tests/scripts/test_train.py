@@ -227,6 +227,18 @@ def test_flags_of_a_teacher_without_a_teacher_are_refused(data, capsys):
         assert "go with --teacher" in capsys.readouterr().err
 
 
+def test_a_store_twice_as_fine_is_read_where_its_tokens_lie(data):
+    """Features that are the same all over an image teach the same on either grid."""
+    for name, side in (("coarse", 4), ("fine", 8)):
+        paths = image_names(data / "images")
+        meta = {"grid_size": side, "feature_dim": 16, "store_dtype": "float16"}
+        writer = StoreWriter(data / name, meta, file_sizes(paths))
+        means = {key: features_of(path).mean(0).expand(side**2, 16) for key, path in paths.items()}
+        writer.write(0, means, {})
+        assert main(flags(data, f"run_{name}", features=name)) == 0
+    assert_same_result(data / "run_coarse", data / "run_fine", atol=2e-3)
+
+
 def test_a_store_of_another_grid_is_refused(data, capsys):
     arguments = flags(data, "run")
     index = arguments.index("--init")
