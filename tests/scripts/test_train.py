@@ -235,7 +235,8 @@ def test_a_store_twice_as_fine_is_read_where_its_tokens_lie(data):
         writer = StoreWriter(data / name, meta, file_sizes(paths))
         means = {key: features_of(path).mean(0).expand(side**2, 16) for key, path in paths.items()}
         writer.write(0, means, {})
-        assert main(flags(data, f"run_{name}", features=name)) == 0
+        run = flags(data, f"run_{name}", "--feature-loss", "mse", features=name)
+        assert main(run) == 0
     coarse, fine = (rows(data / f"run_{name}" / "steps.csv") for name in ("coarse", "fine"))
     for one, other in zip(coarse, fine, strict=True):
         assert float(one["feature_loss"]) == pytest.approx(float(other["feature_loss"]), rel=1e-3)
