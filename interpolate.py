@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     for share, places, answered, colours in zip(shares, features, rgb, islands, strict=True):
         shown = {"reconstruction": answered, "islands": colours} | inputs
         caption = f"{TITLE}; A: {sizes[0]}; B: {sizes[1]}"
-        page.add(f"{share:.2f} of the way from A to B", shown, {"student": places}, caption)
+        page.add(f"{share:g} of the way from A to B", shown, {"student": places}, caption)
     errors = page.save(shares, "share of B")
     results.save(output, frames=len(frames), left_out=crops, page_cosine_error=errors)
     if line := crop_report(dict(zip(map(str, args.input), crops, strict=True))):

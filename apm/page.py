@@ -46,7 +46,7 @@ class Page:
         self.run: dict[str, Any] = {
             "title": title,
             "facts": {
-                name: value.name if isinstance(value, Path) else str(value)
+                name: Path(value).name if Path(str(value)).is_file() else str(value)
                 for name, value in facts.items()
                 if value is not None
             },
