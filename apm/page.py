@@ -94,7 +94,10 @@ class Page:
             directions = unit_directions(grid)
             points = directions.reshape(-1, directions.shape[-1])
             self.moments[model] = self.moments.get(model, 0) + points.T @ points
-            np.save(self._spool, directions.astype(np.float16))
+            try:
+                np.save(self._spool, directions.astype(np.float16))
+            except OSError as error:
+                raise OSError(f"{self.folder}: cannot be written to ({error})") from error
 
     def add_percept(
         self,
