@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ class Page:
         self.cosine_error: dict[str, dict[str, float]] = {}
         self._written: dict[bytes, str] = {}  # digest of a panel -> its file
         self._spool = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - as long as the page
+        weakref.finalize(self, self._spool.close)
 
     def add(
         self,

@@ -307,7 +307,7 @@ def test_a_disk_that_is_really_full(checkpoint, tmp_path, capsys):
         pytest.skip("no mount here")
     try:
         photograph().save(tmp_path / "a.png")
-        (disk / "filler").write_bytes(bytes(40_000))
+        (disk / "filler").write_bytes(bytes(56_000))
         main = load_script("predict_test_image.py").main
         arguments = ["--checkpoint", str(checkpoint), "--input", str(tmp_path / "a.png")]
         assert main([*arguments, "--output", str(disk / "out"), "--method", "pca"]) == 2

@@ -228,9 +228,22 @@ def test_islands_by_k_means_are_those_that_were_planted(visit):
     pairs = set(zip(planted.ravel().tolist(), labels.ravel().tolist(), strict=True))
     assert len(pairs) == 3
     assert page.evaluate("[...kmeans(features.student, 3)]") == planted.ravel().tolist()
+    assert "k = 3" in page.inner_text("figcaption")
+
+
+def test_no_place_is_nearer_to_another_island_by_k_means(visit):
+    page = visit("folder")
+    picture(page, 1)
     page.locator("#clusters").fill("7")
-    assert len(np.unique(pixels(page, 0), axis=0)) == 7
-    assert "k = 7" in page.inner_text("figcaption")
+    for stage, model in enumerate(("student", "teacher")):
+        found, labels = np.unique(pixels(page, stage), axis=0, return_inverse=True)
+        assert len(found) == 7
+        features = FEATURES[1][model].reshape(SIDE**2, -1)
+        points = features / np.linalg.norm(features, axis=1, keepdims=True)
+        means = np.stack([points[labels.ravel() == label].mean(axis=0) for label in range(7)])
+        distances = np.linalg.norm(points[:, None] - means, axis=-1)
+        own = distances[np.arange(SIDE**2), labels.ravel()]
+        assert (own <= distances.min(axis=1) + 5e-3).all()
 
 
 def test_everything_can_be_done_with_keys(visit):
