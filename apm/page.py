@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from apm.drawing import enlarge, shape_of
 from apm.predictor import Percept, crop_report
 from apm.runtime.files import atomic_path
 
@@ -21,6 +22,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 DATA = "index_files"  # the folder of the page's pictures and features
 DIM, SIDE = 32, 32  # of the page's features: numbers a place, most places along a side
 JPEG_QUALITY = 88
+THUMBNAIL = 256  # px, longer side: a folder of whole photographs would fill a browser's memory
 # What tells how a run's islands were made, by the names of the flags.
 FACTS = ("checkpoint", "teacher", "method", "seed", "grid", "fit", "consensus", "iterations")
 
@@ -78,16 +80,19 @@ class Page:
             caption: a line about the picture.
             scores: by which pictures can be sorted.
         """
-        items, (height, width) = self.run["items"], next(iter(panels.values())).shape[:2]
+        items, first = self.run["items"], next(iter(panels.values()))
         files = [
             self._save_panel(f"{len(items):05}_{place}", picture)
             for place, picture in enumerate(panels.values())
         ]
+        small = shape_of(first, THUMBNAIL)
+        thumbnail = first if max(first.shape) <= THUMBNAIL else enlarge(first, small)
         items.append(
             {
                 "name": name,
                 "caption": caption,
-                "aspect": round(width / height, 4),
+                "aspect": round(first.shape[1] / first.shape[0], 4),
+                "thumbnail": self._save_panel(f"{len(items):05}_thumbnail", thumbnail),
                 "panels": dict(zip(panels, files, strict=True)),
                 "scores": dict(scores or {}),
             }

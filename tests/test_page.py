@@ -106,6 +106,18 @@ def test_panels_are_exact_and_the_same_one_is_written_once(tmp_path):
     assert len(list((tmp_path / "index_files").iterdir())) == 5
 
 
+def test_thumbnails_are_small(tmp_path):
+    page = Page(tmp_path, "title", {})
+    large = np.asarray(Image.fromarray(PHOTOGRAPH).resize((448, 336)))
+    for n, picture in enumerate((large, PHOTOGRAPH)):
+        page.add(f"p{n}", {"photograph": picture}, {"student": features(0)}, "")
+    page.save()
+    items = read(tmp_path)[0]["items"]
+    sizes = [Image.open(tmp_path / "index_files" / item["thumbnail"]).size for item in items]
+    assert sizes == [(256, 192), (40, 30)]
+    assert items[1]["thumbnail"] == items[1]["panels"]["photograph"]
+
+
 def test_captions_say_what_was_seen_and_how(tmp_path):
     checkpoint = tmp_path / "apm.safetensors"
     checkpoint.touch()
