@@ -122,7 +122,8 @@ class Page:
         """Photographs are uint8 and become JPEG; what has a colour a place stays exact."""
         photograph = picture.dtype == np.uint8
         pixels = picture if photograph else (picture * 255).round().astype(np.uint8)
-        digest = hashlib.sha256(repr((photograph, pixels.shape)).encode() + pixels.tobytes()).digest()
+        kind = repr((photograph, pixels.shape)).encode()
+        digest = hashlib.sha256(kind + pixels.tobytes()).digest()
         if digest not in self._written:  # the two ends of an interpolation stand beside each step
             path = self.folder / DATA / f"{stem}.{'jpg' if photograph else 'png'}"
             with atomic_path(path) as temporary:
