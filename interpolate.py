@@ -1,7 +1,8 @@
 """Interpolate between two images in the space of trigger columns (paper, Figure 6).
 
 Every in-between is made from its interpolated column alone: pixels and local patches of the two
-images are not mixed, and the two ends are their columns' percepts as well.
+images are not mixed, and the two ends are their columns' percepts as well. A page to explore them
+in, index.html, has a slider over the frames.
 """
 
 import sys
@@ -15,6 +16,7 @@ from apm import APM, load_model
 from apm.data.images import load_image
 from apm.drawing import enlarge, input_label, panels, save_gif, save_picture
 from apm.islands import METHODS, Palette, sample_landmarks
+from apm.page import Page, size_caption
 from apm.predictor import answer_grid, crop_report, left_out
 from apm.runtime.cli import OUTPUTS, Results, command, make_parser, positive_int
 from apm.runtime.device import precision, seed_everything, select_device
@@ -89,6 +91,8 @@ def main(argv: list[str] | None = None) -> None:
     output = prepare_output(args.output)
     results = Results(args, device)
     seed_everything(args.seed)
+    said = vars(args) | {"grid": args.grid or model.config.grid_size}
+    page = Page(output, "Interpolation of two trigger columns", said, joint=True)
 
     preprocessing = model.preprocessing
     ends = torch.stack([preprocessing(image) for image in images]).to(device)
@@ -110,9 +114,17 @@ def main(argv: list[str] | None = None) -> None:
         for name, crop, image in zip("AB", crops, images, strict=True)
     }
     save_picture(output / "strip.png", strip(inputs, rgb, islands))
-    results.save(output, frames=len(frames), left_out=crops)
+    sizes = [size_caption(image.size, crop) for image, crop in zip(images, crops, strict=True)]
+    shares = [round(share, 4) for share in np.linspace(0, 1, args.steps).tolist()]
+    for share, places, answered, colours in zip(shares, features, rgb, islands, strict=True):
+        shown = {"reconstruction": answered, "islands": colours} | inputs
+        caption = f"{TITLE}; A: {sizes[0]}; B: {sizes[1]}"
+        page.add(f"{share:g} of the way from A to B", shown, {"student": places}, caption)
+    errors = page.save(shares, "share of B")
+    results.save(output, frames=len(frames), left_out=crops, page_cosine_error=errors)
     if line := crop_report(dict(zip(map(str, args.input), crops, strict=True))):
         print(line)
+    print(page)
     print(output / "strip.png")
 
 

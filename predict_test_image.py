@@ -1,8 +1,9 @@
 """Show the islands of agreement of any photograph, or of every photograph in a folder.
 
-For each picture a figure: input, RGB reconstruction, islands, islands over the picture. With --gif
-also an animation: of each picture, how its percept comes into being, place by place in any --order;
-of a folder with --joint, its pictures one after the other, as those of a video.
+For each picture a figure: input, RGB reconstruction, islands, islands over the picture; for all of
+them a page to explore them in, index.html, which opens from disk. With --gif also an animation: of
+each picture, how its percept comes into being, place by place in any --order; of a folder with
+--joint, its pictures one after the other, as those of a video.
 """
 
 import sys
@@ -22,6 +23,7 @@ from apm import APM, load_model
 from apm.data.images import Skipped, image_names, load_image, load_images
 from apm.drawing import enlarge, save_gif, save_islands, shape_of
 from apm.islands import METHODS, Palette, sample_landmarks
+from apm.page import Page
 from apm.predictor import ORDERS, answer_in_turn, crop_report, perceive, view_of, visiting_order
 from apm.runtime.cli import OUTPUTS, Results, command, make_parser
 from apm.runtime.device import seed_everything, select_device
@@ -97,6 +99,8 @@ def main(argv: list[str] | None = None) -> None:
         grids = (look(image, grid=few, consensus=args.consensus).features for image in images)
         landmarks = sample_landmarks(grids, len(paths), args.seed)
         palette = Palette(landmarks, args.method, args.seed)
+    said = vars(args) | {"grid": args.grid or model.config.grid_size}
+    page = Page(output, "Islands of agreement", said, joint=args.joint)
     rows, skipped = [], Skipped()
     everything: list[np.ndarray] = []  # all pictures' islands
     for name, image in load_images(paths, skipped):
@@ -117,17 +121,22 @@ def main(argv: list[str] | None = None) -> None:
             features = animate(output / f"{name}_{args.order}.gif", model, image, palette, args)
             at_once = look(image, grid=args.grid).features
             row["difference_to_all_at_once"] = float(np.abs(features - at_once).max())
+        page.add_percept(name, image.size, percept, islands)
         everything.append(islands)
         rows.append(row)
     changes = colour_changes(everything)
     if args.gif and args.joint and len(changes) == len(rows) - 1 > 0:
         shape = shape_of(percept.picture, TILE)
         save_gif(output / "islands.gif", [enlarge(islands, shape) for islands in everything])
-    results.save(output, images=rows, skipped=skipped, colour_changes=changes)
+    errors = page.save()
+    results.save(
+        output, images=rows, skipped=skipped, colour_changes=changes, page_cosine_error=errors
+    )
     if line := crop_report({row["image"]: row["left_out"] for row in rows}):
         print(line)
     if changes:
         print(f"islands' colours change by {np.mean(changes):.3f} from picture to picture")
+    print(page)
     print(figure if len(paths) == 1 else f"{output}: {len(rows)} images, {len(skipped)} skipped")
 
 

@@ -1,14 +1,15 @@
-"""Islands of agreement for a folder of photographs (COCO val2017), as a gallery, and their score.
+"""Islands of agreement for a folder of photographs (COCO val2017), as a page, and their score.
 
 For each picture a figure: input, RGB reconstruction, islands; with --teacher also the teacher's
-islands in like colours and where student and teacher differ. With --score, instead of figures:
-how well k-means islands of student, teacher, colour and position agree with semantic masks. On a
-finer --grid than 32 the student's own answers stand beside other ways to such a grid.
+islands in like colours and where student and teacher differ. All are in index.html, a page to
+explore them in, which opens from disk. With --score, instead of figures: how well k-means islands
+of student, teacher, colour and position agree with semantic masks. On a finer --grid than 32 the
+student's own answers stand beside other ways to such a grid.
 """
 
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from matplotlib import colormaps
 from apm import APM, load_model
 from apm.comparison import Colours, Look, directions, palettes, score
 from apm.data.images import Skipped, UnreadableImage, image_names, load_images
-from apm.drawing import island_row, overlay, panels, save_gallery, save_picture, shape_of
+from apm.drawing import island_row, overlay, panels, save_picture, shape_of
 from apm.islands import METHODS, sample_landmarks
+from apm.page import Page, percept_panels, size_caption
 from apm.predictor import Percept, crop_report
 from apm.runtime.cli import OUTPUTS, Results, command, make_parser
 from apm.runtime.device import seed_everything, select_device
@@ -82,17 +84,27 @@ def build_teacher(args: Namespace, model: APM, device: torch.device) -> DenseTea
     return teacher.to(device)
 
 
-def figure(percept: Percept, teacher: np.ndarray | None, colours: Sequence[Colours]) -> np.ndarray:
-    """One picture's figure, with a second row for the teacher's features ``(h, w, F)``."""
-    rows = [island_row(percept, colours[0](percept.features))]
-    if teacher is not None:
-        islands = colours[1](teacher)
-        cosine = (directions(percept.features) * directions(teacher)).sum(axis=-1)
+def panels_of(
+    percept: Percept, teacher: np.ndarray | None, colours: Sequence[Colours]
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """One picture's panels, and its mean error where there are teacher's features ``(h, w, F)``."""
+    shown = percept_panels(percept, colours[0](percept.features))
+    if teacher is None:
+        return shown, {}
+    error = 1 - (directions(percept.features) * directions(teacher)).sum(axis=-1)
+    shown |= {"teacher": colours[1](teacher), "error": colormaps["magma"](error / 2)[..., :3]}
+    return shown, {"error": float(error.mean())}
+
+
+def figure(percept: Percept, shown: Mapping[str, np.ndarray]) -> np.ndarray:
+    """One picture's figure, with a second row for the teacher."""
+    rows = [island_row(percept, shown["islands"])]
+    if "teacher" in shown:
         rows.append(
             {
-                "teacher's islands": islands,
-                "teacher's islands over input": overlay(percept.picture, islands),
-                "error: black 0, bright opposite": colormaps["magma"]((1 - cosine) / 2)[..., :3],
+                "teacher's islands": shown["teacher"],
+                "teacher's islands over input": overlay(percept.picture, shown["teacher"]),
+                "error: black 0, bright opposite": shown["error"],
             }
         )
     return panels(rows, shape_of(percept.picture))
@@ -122,11 +134,13 @@ def main(argv: list[str] | None = None) -> None:
         images = (image for _, image in load_images(paths, Skipped()))
         grids = (look.both(image, few, consensus=args.consensus) for image in images)
         joint = palettes(sample_landmarks(grids, len(paths), args.seed), args.method, args.seed)
+    title, said = "Islands of agreement", vars(args) | {"grid": grid}
+    page = None if args.score else Page(output, title, said, joint=args.joint)
     scored: list[dict[str, tuple[float, float]]] = []
     repeats: list[float] = []
     crops, skipped = {}, Skipped()
     for name, image in load_images(paths, skipped):
-        if args.score:
+        if page is None:
             try:
                 found, percept = score(
                     *(look, image, pairs[name][1]), grid, args.consensus, args.seed
@@ -141,8 +155,14 @@ def main(argv: list[str] | None = None) -> None:
             percept = look.student(image, grid, consensus=args.consensus)
             both = look.both(image, landmark_grid, consensus=args.consensus)
             colours = joint or palettes(both, args.method, args.seed)
-            picture = figure(percept, look.tokens(image, grid), colours)
-            save_picture(output / f"{name}.png", picture)
+            teacher = look.tokens(image, grid)
+            shown, errors = panels_of(percept, teacher, colours)
+            save_picture(output / f"{name}.png", figure(percept, shown))
+            features = {"student": percept.features}
+            if teacher is not None:
+                features["teacher"] = teacher
+            caption = size_caption(image.size, percept.left_out)
+            page.add(name, shown, features, caption, errors)
         crops[name] = percept.left_out
     scores = mean_scores(scored)
     if args.score and not scores:
@@ -154,13 +174,12 @@ def main(argv: list[str] | None = None) -> None:
         scores=scores,
         checkerboard=float(np.mean(repeats)) if repeats else None,
         left_out={name: shares for name, shares in crops.items() if shares},
+        page_cosine_error=page.save() if page else {},
     )
     if line := crop_report(crops):
         print(line)
-    if not args.score:
-        figures = [Path(f"{name}.png") for name in crops]
-        save_gallery(output / "index.html", "Islands of agreement", figures)
-        print(output / "index.html")
+    if page:
+        print(page)
     if skipped:
         print(f"{len(crops)} images, {len(skipped)} skipped")
     for name, row in scores.items():

@@ -1,13 +1,9 @@
-"""Pictures, figures, animations and galleries made of arrays, written atomically."""
+"""Pictures, figures and animations made of arrays, written atomically."""
 
-import html
 import math
-import os
-import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -18,7 +14,6 @@ from apm.runtime.files import atomic_path
 GAP, SIDE = 12, 448  # px
 OPACITY = 0.55  # of islands over a picture
 ISLANDS = "islands of agreement"
-GALLERY = Path(__file__).with_name("gallery.html")
 
 
 def panels(
@@ -120,21 +115,6 @@ def save_gif(path: Path, frames: Sequence[np.ndarray], milliseconds: int = 120) 
         images[0].save(
             temporary, save_all=True, append_images=images[1:], duration=milliseconds, loop=0
         )
-
-
-def save_gallery(path: Path, title: str, figures: Sequence[Path]) -> None:
-    """An HTML page of figures, named relative to its folder; loads them as they come into view."""
-    title = html.escape(title)
-    items = "\n".join(
-        f'<figure><img loading="lazy" src="{quote(os.fsencode(figure.as_posix()))}" '
-        f'alt="{title}: {name}"><figcaption>{name}</figcaption></figure>'
-        for figure in figures
-        for name in [html.escape(figure.stem)]
-    )
-    page = string.Template(GALLERY.read_text(encoding="utf-8"))
-    with atomic_path(path) as temporary:
-        content = page.substitute(title=title, items=items)
-        temporary.write_text(content, encoding="utf-8", errors="replace")
 
 
 def save_figure(path: Path, figure: Any) -> None:

@@ -2,7 +2,7 @@
 
 "A static image is a rather boring video": it is repeated to a clip of 16 frames, and the first
 frame's tokens after an early block are coloured. For each picture a figure: input, islands,
-islands over the picture.
+islands over the picture; for all of them a page to explore them in, index.html.
 """
 
 import sys
@@ -19,6 +19,7 @@ from video_teacher import VideoTeacher, load_video_teacher
 from apm.data.images import Skipped, image_names, load_image, load_images
 from apm.drawing import save_islands
 from apm.islands import METHODS, island_colours
+from apm.page import Page
 from apm.predictor import Percept, crop_report, left_out
 from apm.preprocessing import Preprocessing, to_pixels
 from apm.runtime.cli import FLAGS, OUTPUTS, Results, command, make_parser
@@ -72,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     output = prepare_output(args.output)
     results = Results(args, device)
     label = f"islands after block {teacher.block}" + " (random weights)" * args.random_weights
+    page = Page(output, label.capitalize(), vars(args))
     rows, skipped = [], Skipped()
     for name, image in load_images(paths, skipped):
         started = time.perf_counter()
@@ -80,10 +82,15 @@ def main(argv: list[str] | None = None) -> None:
         row: dict[str, Any] = {"image": str(paths[name]), "query_seconds": seconds}
         islands = island_colours(view.features, args.method, args.seed)
         figure = output / f"{name}_islands.png"
+        page.add_percept(name, image.size, view, islands, "video transformer")
         rows.append(row | save_islands(figure, view, islands, label, arrays=args.save_features))
-    results.save(output, block=teacher.block, images=rows, skipped=skipped)
+    errors = page.save()
+    results.save(
+        output, block=teacher.block, images=rows, skipped=skipped, page_cosine_error=errors
+    )
     if line := crop_report({row["image"]: row["left_out"] for row in rows}):
         print(line)
+    print(page)
     print(figure if len(paths) == 1 else f"{output}: {len(rows)} images, {len(skipped)} skipped")
 
 

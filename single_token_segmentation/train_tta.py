@@ -1,7 +1,8 @@
 """Test-time training on one image's CLS token (paper, section 3.2 and Figure 3).
 
 A student that knows nothing learns the teacher's embedding of the image: its islands as it learns,
-its loss, and what teacher and student say the image shows.
+its loss, and what teacher and student say the image shows. A page to explore them in, index.html,
+has a slider over the iterations.
 """
 
 import math
@@ -20,6 +21,8 @@ from apm.data.class_names import CIFAR10_CLASSES, imagenet_names, load_templates
 from apm.data.images import load_image
 from apm.drawing import loss_figure, panels, save_gif, save_picture
 from apm.islands import island_series
+from apm.page import Page, size_caption
+from apm.predictor import left_out
 from apm.runtime.cli import OUTPUTS, ROOT, Results, command, positive_int
 from apm.runtime.device import seed_everything, select_device
 from apm.runtime.files import prepare_output
@@ -58,7 +61,7 @@ def parse(argv: list[str] | None) -> Namespace:
 
 def draw_series(
     output: Path, picture: np.ndarray, grids: Mapping[int, np.ndarray], seed: int
-) -> Path:
+) -> tuple[np.ndarray, np.ndarray]:
     """Islands after each number of steps, as a picture and as an animation.
 
     Args:
@@ -66,7 +69,7 @@ def draw_series(
         grids: number of steps -> features ``(h, w, F)``.
 
     Returns:
-        The picture.
+        The islands in grey and in colour, ``(S, h, w, 3)`` in [0, 1].
     """
     series = np.stack(list(grids.values()))
     greys, colours = (island_series(series, channels, seed) for channels in (1, 3))
@@ -78,7 +81,7 @@ def draw_series(
         frames.append(panels([frame], (TILE, TILE)))
     save_picture(output / "islands.png", panels([upper, lower], (TILE, TILE)))
     save_gif(output / "islands.gif", frames, milliseconds=600)
-    return output / "islands.png"
+    return greys, colours
 
 
 @command
@@ -96,6 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     classes = teacher.embed_classes(class_names, templates).cpu()
     target = embed(teacher, image, device)
     output = prepare_output(args.output)
+    said = vars(args) | {"method": "tsne", "grid": trainer.model.config.grid_size}
+    page = Page(output, "Test-time training on one image", said, joint=True)
 
     trainer.reset(args.seed)
     preprocessing, side = trainer.model.preprocessing, trainer.model.config.grid_size
@@ -107,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
 
     grids = {step: adapted.features_at[step].view(side, side, -1).numpy() for step in kept}
     picture = np.asarray(preprocessing.picture(image))
-    figure = draw_series(output, picture, grids, args.seed)
+    greys, colours = draw_series(output, picture, grids, args.seed)
     losses = adapted.losses
     history = [{"iteration": step, "loss": loss} for step, loss in enumerate(losses, 1)]
     loss_figure(output / "loss.png", history, ["loss"], steps="iteration")
@@ -117,12 +122,25 @@ def main(argv: list[str] | None = None) -> None:
         name: dict(zip(class_names, row, strict=True))
         for name, row in zip(("teacher", "student"), logits.softmax(dim=1).tolist(), strict=True)
     }
-    results.save(output, losses=losses, adapt_seconds=seconds, probabilities=probabilities)
+    crop = left_out(image, preprocessing)
+    for step, grey, colour in zip(kept, greys, colours, strict=True):
+        shown = {"photograph": picture, "islands": colour, "in grey": grey}
+        caption = size_caption(image.size, crop)
+        page.add(f"after {step} iterations", shown, {"student": grids[step]}, caption)
+    errors = page.save(kept, "iterations", losses)
+    results.save(
+        output,
+        losses=losses,
+        adapt_seconds=seconds,
+        probabilities=probabilities,
+        page_cosine_error=errors,
+    )
     print(f"loss {losses[0]:.3g} -> {losses[-1]:.3g} in {len(losses)} steps, {seconds:.1f} s")
     for name, shares in probabilities.items():
         best = max(shares, key=shares.__getitem__)
         print(f"{name}: {best} ({shares[best]:.3f})")
-    print(figure)
+    print(page)
+    print(output / "islands.png")
 
 
 if __name__ == "__main__":

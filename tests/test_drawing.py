@@ -1,6 +1,3 @@
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,7 +9,6 @@ from apm.drawing import (
     loss_figure,
     overlay,
     panels,
-    save_gallery,
     save_gif,
     shape_of,
 )
@@ -60,17 +56,6 @@ def test_an_animation_goes_there_and_back(tmp_path):
     save_gif(tmp_path / "a.gif", [np.full((8, 8, 3), grey, np.uint8) for grey in (0, 100, 200)])
     with Image.open(tmp_path / "a.gif") as animation:
         assert animation.n_frames == 4
-
-
-def test_a_gallery_of_names_that_are_no_words(tmp_path):
-    names = ["50% #1?.png", 'a&b".png', os.fsdecode(b"\xff.png")]
-    save_gallery(tmp_path / "index.html", "Tom & Jerry", [Path(name) for name in names])
-    page = (tmp_path / "index.html").read_text()
-    for quoted in ("50%25%20%231%3F.png", "a%26b%22.png", "%FF.png"):
-        assert f'src="{quoted}"' in page
-    assert 'alt="Tom &amp; Jerry: a&amp;b&quot;"' in page
-    assert page.count("alt=") == 3 and 'alt=""' not in page
-    assert "<pre>" not in page
 
 
 @pytest.mark.parametrize("columns", [("feature_loss",), ("feature_loss", "null_feature_loss")])

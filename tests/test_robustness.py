@@ -25,7 +25,7 @@ from zygote import Zygote
 
 from apm import save_model
 from apm.data.images import find_images, load_image
-from apm.drawing import save_gallery, save_picture
+from apm.drawing import save_picture
 from apm.runtime.cli import command, make_parser
 from apm.runtime.files import (
     LOCK,
@@ -34,6 +34,7 @@ from apm.runtime.files import (
     prepare_output,
     release_outputs,
     use_writable_caches,
+    write_json,
 )
 from apm.runtime.logs import RowLog
 
@@ -262,7 +263,7 @@ def write_everything(folder: Path):
     noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
     yield lambda: save_picture(folder / "a.png", noise)
     yield lambda: save_model(folder / "a.safetensors", make_model())
-    yield lambda: save_gallery(folder / "a.html", "long " * 2000, [])
+    yield lambda: write_json(folder / "a.json", {"long": "long " * 2000})
     yield lambda: save_array(folder / "a.npz")
 
 
@@ -272,7 +273,7 @@ def save_array(path: Path):
 
 
 def test_a_full_disk_is_named_and_keeps_what_was_there(tmp_path):
-    for name in ("a.png", "a.safetensors", "a.html", "a.npz"):
+    for name in ("a.png", "a.safetensors", "a.json", "a.npz"):
         (tmp_path / name).write_text("former")
     for write in write_everything(tmp_path):
         with small_files(), pytest.raises(OSError, match=r"a\.\w+: cannot be written") as error:
@@ -281,7 +282,7 @@ def test_a_full_disk_is_named_and_keeps_what_was_there(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {
         "a.png",
         "a.safetensors",
-        "a.html",
+        "a.json",
         "a.npz",
     }
     assert {path.read_text() for path in tmp_path.iterdir()} == {"former"}
@@ -306,7 +307,7 @@ def test_a_disk_that_is_really_full(checkpoint, tmp_path, capsys):
         pytest.skip("no mount here")
     try:
         photograph().save(tmp_path / "a.png")
-        (disk / "filler").write_bytes(bytes(40_000))
+        (disk / "filler").write_bytes(bytes(56_000))
         main = load_script("predict_test_image.py").main
         arguments = ["--checkpoint", str(checkpoint), "--input", str(tmp_path / "a.png")]
         assert main([*arguments, "--output", str(disk / "out"), "--method", "pca"]) == 2

@@ -170,7 +170,7 @@ def test_weights_from_a_file_and_from_the_download_with_random_weights(
     labels = []
     panels = drawing.panels
     monkeypatch.setattr(
-        drawing, "panels", lambda rows: labels.append(list(rows[0])) or panels(rows)
+        drawing, "panels", lambda rows, shape: labels.append(list(rows[0])) or panels(rows, shape)
     )
     status, output = run("--teacher-weights", random_weights, "--save-features")
     assert status == 0
@@ -195,6 +195,10 @@ def test_weights_from_a_file_and_from_the_download_with_random_weights(
     assert written["images"][0]["left_out"] == pytest.approx(lost)
     lost = "41.7 % of the width and 12.5 % of the height left out"
     assert f"photo.png: centre crop, {lost}" in capsys.readouterr().out
+
+    page = (output / "index.html").read_text()
+    assert '"title": "Islands after block 0 (random weights)"' in page
+    assert f'"caption": "300 x 200 px: centre crop, {lost}"' in page
 
     assert run("--random-weights", "--block", "-15")[0] == 0
     assert labels[-1][1] == "islands after block 1 (random weights)"

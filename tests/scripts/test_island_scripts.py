@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,12 @@ def teacher_weights(tmp_path_factory):
 
 def results(folder):
     return json.loads((folder / "results.json").read_text())
+
+
+def page_of(folder):
+    """What a page shows."""
+    text = (folder / "index.html").read_text()
+    return json.loads(re.search(r'type="application/json" id="run">(.*)</script>', text)[1])
 
 
 def no_leftovers(folder):
@@ -64,7 +71,13 @@ def predict(checkpoint, tmp_path):
 def test_predict_one_image(predict, photographs, method, capsys):
     status, output = predict("--input", str(photographs / "p0.png"), "--method", method)
     assert status == 0
-    assert capsys.readouterr().out.splitlines() == [str(output / "p0_islands.png")]
+    page, figure = capsys.readouterr().out.splitlines()
+    assert page.startswith(f"{output / 'index.html'}: mean error of its cosines, student's 0.0")
+    assert figure == str(output / "p0_islands.png")
+    run = page_of(output)
+    assert run["facts"].items() >= {"method": method, "grid": "4", "fit": "stretch"}.items()
+    [item] = run["items"]
+    assert item["name"] == "p0" and item["caption"] == "80 x 60 px"
     assert Image.open(output / "p0_islands.png").width > 1000
     assert results(output)["arguments"]["method"] == method
     assert no_leftovers(output)
@@ -143,7 +156,7 @@ def test_a_centre_crop_is_named(predict, tmp_path, labels, capsys, size, lost):
     printed = capsys.readouterr().out.splitlines()
     assert labels[0][0][0] == ("input (centre crop)" if lost else "input")
     assert results(output)["images"][0]["left_out"] == pytest.approx(lost)
-    assert printed[-1] == str(output / "photo_islands.png") and len(printed) == 1 + len(lost)
+    assert printed[-1] == str(output / "photo_islands.png") and len(printed) == 2 + len(lost)
     for side, share in lost.items():
         line = f"photo.png: centre crop, {100 * share:.0f} % of the {side} left out"
         assert printed[0].endswith(line)
@@ -156,7 +169,7 @@ def test_a_folder_of_crops_is_said_on_one_line(predict, tmp_path, labels, capsys
     flags = ["--input", str(tmp_path / "images"), "--method", "pca"]
     assert predict(*flags, "--fit", "crop")[0] == 0
     printed = capsys.readouterr().out
-    assert printed.count("\n") == 3
+    assert printed.count("\n") == 4
     assert "centre crop of 2 of 3 images, up to 75 % of a side left out" in printed
     assert [rows[0][0] for rows in labels] == [
         "input (centre crop)",
@@ -256,13 +269,18 @@ def test_visualize_with_teacher_and_scores_with_random_weights(
     arguments += ["--output", str(output), "--method", "pca"]
     arguments += ["--teacher", "vit_tiny_patch16_224", "--teacher-weights", str(teacher_weights)]
     assert main([*arguments, "--limit", "2"]) == 0
-    page = (output / "index.html").read_text()
-    assert page.count('loading="lazy"') == 2
-    assert 'src="p0.png"' in page and (output / "p0.png").exists()
+    run = page_of(output)
+    assert [item["name"] for item in run["items"]] == ["p0", "p1"] and (output / "p0.png").exists()
+    panels = ["photograph", "islands", "reconstruction", "teacher", "error"]
+    assert list(run["items"][0]["panels"]) == panels and not run["joint"]
+    assert all(0 < item["scores"]["error"] < 2 for item in run["items"])
+    assert set(results(output)["page_cosine_error"]) == {"student", "teacher"}
     assert results(output)["images"] == 2
     assert results(output)["left_out"] == {}
     assert main([*arguments, "--limit", "2", "--fit", "crop", "--joint", "--grid", "8"]) == 0
     assert results(output)["left_out"] == {name: {"width": 0.25} for name in ("p0", "p1")}
+    assert page_of(output)["joint"] and page_of(output)["facts"]["grid"] == "8"
+    assert "25 % of the width left out" in page_of(output)["items"][0]["caption"]
     assert "centre crop of 2 of 2 images" in capsys.readouterr().out
 
     scoring = [*arguments, "--masks", str(masks), "--score", "--grid", "8", "--consensus", "1"]
@@ -372,6 +390,10 @@ def test_interpolate_writes_frames_strip_and_animation(interpolate):
     assert len(list(output.glob("frame_*.png"))) == 4
     assert Image.open(output / "interpolation.gif").n_frames == 6  # there and back
     assert (output / "strip.png").exists() and no_leftovers(output)
+    run = page_of(output)
+    assert run["steps"]["values"] == [0, 0.3333, 0.6667, 1] and len(run["items"]) == 4
+    panels = ["reconstruction", "islands", "A (centre crop)", "B (centre crop)"]
+    assert list(run["items"][2]["panels"]) == panels
 
 
 def test_interpolation_reaches_both_ends_from_the_columns_alone(model, photographs):

@@ -57,6 +57,9 @@ def test_one_image_from_whole_to_parts(main, small_student, command, tmp_path, c
     with Image.open(output / "islands.png") as picture:
         assert picture.width > 600
     assert (output / "loss.png").exists()
+    page = (output / "index.html").read_text()
+    assert f'"values": [2, 4], "losses": {json.dumps(found["losses"])}' in page
+    assert "Test-time training on one image" in page and "after 4 iterations" in page
 
 
 def test_the_bundled_teacher_needs_no_flags(main, tmp_path, capsys):
