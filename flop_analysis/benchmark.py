@@ -50,6 +50,12 @@ def mlp_macs(config: APMConfig, *, first: bool = False, head: bool = True) -> in
     return LOCATIONS * sum(layers[0 if first else 1 : None if head else -1])
 
 
+def rgb_macs(config: APMConfig) -> int:
+    """Multiply-adds of the released RGB head's forward pass on the grid."""
+    query = config.feature_dim + config.column_dim + config.position_dim
+    return LOCATIONS * sum(a * b for a, b in pairwise((query, *config.rgb_widths, 3)))
+
+
 def inference(device: torch.device) -> Iterator[Work]:
     """Features and colours of one image by the COCO model, random weights."""
     torch.manual_seed(0)
@@ -75,7 +81,7 @@ def test_time_training(device: torch.device) -> Iterator[Work]:
     image = torch.rand(1, 3, 448, 448, device=device)
     target = torch.randn(1, model.config.feature_dim, device=device)
     step = partial(released.tta_step, model, image, target, Adam(model.parameters(), lr=1e-4))
-    macs = released.COPIES * 3 * mlp_macs(model.config, first=True)
+    macs = released.COPIES * (3 * mlp_macs(model.config, first=True) + rgb_macs(model.config))
     yield Work("TTT step, released", macs, step, once=True)
     macs = 3 * mlp_macs(model.config, head=False)  # the head is applied after pooling
     for dtype in DTYPES:
