@@ -95,13 +95,17 @@ def describe(data: LabelledImages) -> dict[str, Any]:
 
 
 def adapt_each(
-    trainer: TestTimeTrainer, images: Tensor, targets: Tensor, seeds: Sequence[int]
+    trainer: TestTimeTrainer,
+    images: Tensor,
+    targets: Tensor,
+    seeds: Sequence[int],
+    report_at: Sequence[int],
 ) -> list[Adaptation]:
     """A new student for each image; a single one is faster without stacked weights."""
     if len(seeds) > 1:
-        return trainer.adapt_many(images, targets, seeds)
+        return trainer.adapt_many(images, targets, seeds, report_at)
     trainer.reset(seeds[0])
-    return [trainer.adapt(images[0], targets[0])]
+    return [trainer.adapt(images[0], targets[0], pooled_at=report_at)]
 
 
 def step_gmacs(trainer: TestTimeTrainer) -> float:
@@ -146,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     classes = teacher.embed_classes(data.class_names, templates).cpu()
 
     output = prepare_output(args.output)
-    same = ("iterations", "report_at", "pooling", "learning_rate", "seed", "dtype")
+    same = ("iterations", "report_at", "pooling", "learning_rate", "locations", "seed", "dtype")
     settings = {name: getattr(args, name) for name in same} | teacher.identity
     settings |= {"dataset": data.name, "files_sha256": data.files_sha256}
     settings |= {"classes": data.class_names, "templates": templates}
@@ -164,7 +168,9 @@ def main(argv: list[str] | None = None) -> None:
     ):
         goals = torch.stack([targets[index] for index in indices])
         started = time.perf_counter()
-        adapted = adapt_each(trainer, images, goals, [args.seed + index for index in indices])
+        adapted = adapt_each(
+            trainer, images, goals, [args.seed + index for index in indices], args.report_at
+        )
         seconds = (time.perf_counter() - started) / len(indices)
         log.append(
             image_row(*one, seconds, teacher, classes, args.report_at)

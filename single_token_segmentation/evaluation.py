@@ -98,7 +98,7 @@ def image_row(
         target: ``(F,)``, the teacher's embedding of the image.
         classes: the teacher's embeddings of the class names.
     """
-    pooled = adapted.pooled_at[list(report_at)]  # (R, F)
+    pooled = torch.stack([adapted.pooled_at[step] for step in report_at])  # (R, F)
     predictions = teacher.logits(torch.cat([target[None], pooled]), classes).argmax(dim=1).tolist()
     losses = (pooled - target).square().mean(dim=1).tolist()
     row = {"index": index, "label": label, "teacher": predictions[0]}

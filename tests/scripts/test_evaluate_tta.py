@@ -129,6 +129,7 @@ def test_rows_of_other_settings_are_refused(
         ("--templates", "clip80", "templates"),
         ("--dtype", "bfloat16", "dtype"),
         ("--learning-rate", "1e-3", "learning_rate"),
+        ("--locations", "3", "locations"),
         ("--teacher", str(other_clip), "teacher"),
     ):
         capsys.readouterr()
@@ -263,7 +264,12 @@ def test_flags(main, arguments, capsys):
     assert "steps for each image (default: 50)" in printed
     for more in (["--input", "a.png"], ["--classes", "cat"], ["--every", "1"]):
         assert refused(main, [*arguments, *more])
-    for more in (["--report-at", "0"], ["--report-at", "a"], ["--parallel", "0"]):
+    for more in (
+        ["--report-at", "0"],
+        ["--report-at", "a"],
+        ["--parallel", "0"],
+        ["--locations", "0"],
+    ):
         assert refused(main, [*arguments, *more])
         assert f"argument {more[0]}" in capsys.readouterr().err
 

@@ -12,7 +12,7 @@ class CosineTeacher:
 
 
 def test_a_row_by_hand():
-    pooled_at = torch.tensor([[9.0, 9.0], [0.0, 1.0], [9.0, 9.0], [0.5, 0.0]])
+    pooled_at = {1: torch.tensor([0.0, 1.0]), 2: torch.zeros(2), 3: torch.tensor([0.5, 0.0])}
     adapted = Adaptation([1.0, 1.0, 1.0], pooled_at, {})
     target = torch.tensor([1.0, 0.0])
     row = image_row(7, 1, target, adapted, 2.00001, CosineTeacher(), torch.eye(2), (1, 3))
