@@ -118,8 +118,8 @@ class TestTimeTrainer:
         image: Tensor,
         target: Tensor,
         features_at: Collection[int] = (),
-        pooled_at: Collection[int] = (),
         on_step: Callable[[], object] = lambda: None,
+        pooled_at: Collection[int] = (),
     ) -> Adaptation:
         """Train the student on one image, from its present weights: ``reset`` it first.
 
@@ -127,8 +127,8 @@ class TestTimeTrainer:
             image: ``(3, H, W)``, preprocessed.
             target: ``(F,)``, the teacher's embedding of the image.
             features_at: numbers of steps after which the features are kept, besides the last.
-            pooled_at: the same for the pooled output.
             on_step: called after each step.
+            pooled_at: numbers of steps after which the pooled output is kept, besides the last.
         """
         self._check_steps(features_at)
         images, kept = image[None].to(self.device), dict[int, Tensor]()
