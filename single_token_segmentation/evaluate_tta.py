@@ -47,7 +47,12 @@ def positive_ints(text: str) -> tuple[int, ...]:
 def parse(argv: list[str] | None) -> Namespace:
     """The script's flags."""
     parser = make_tta_parser(
-        __doc__, "--limit", "--workers", output=OUTPUTS / "evaluate_tta", iterations=50
+        __doc__,
+        "--limit",
+        "--workers",
+        output=OUTPUTS / "evaluate_tta",
+        iterations=50,
+        locations="64",
     )
     add = parser.add_argument
     add("--dataset", choices=DATASETS, required=True, help="the test set")
@@ -56,7 +61,12 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--corruption", default=ALL, help="of cifar10c: all, or the name of one")
     add("--severity", type=int, default=5, help="of cifar10c, 1 to 5")
     add("--report-at", type=positive_ints, default="1,5,10,20,50", help="iterations in the table")
-    add("--parallel", type=positive_int, default=1, help="students trained at once")
+    add(
+        "--parallel",
+        type=positive_int,
+        default=1,
+        help="students trained at once, on an accelerator",
+    )
     args = parser.parse_args(argv)
     args.report_at = sorted({step for step in args.report_at if step <= args.iterations})
     made = args.data_root / "settings.json"  # of make_corruptions.py
@@ -135,6 +145,9 @@ def print_table(summary: Mapping[str, Any], gmacs: float) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = select_device(args.device)
+    if device.type == "cpu" and args.parallel > 1:
+        logger.warning("--parallel %d: on a CPU students are faster one by one", args.parallel)
+        args.parallel = 1
     templates = load_templates(args.templates)
     data = load_dataset(
         args.dataset,

@@ -39,7 +39,7 @@ def make_tta_parser(description: str, *flags: str, **defaults: Any) -> ArgumentP
     add("--templates", default="single", help="prompts: single, clip80, or a file of them")
     add("--pooling", choices=("attention", "mean"), default="attention", help="of the student")
     add("--iterations", type=positive_int, help="steps for each image")
-    add("--locations", type=location_count, default="64", help="random places a step, or all")
+    add("--locations", type=location_count, default="all", help="random places a step, or all")
     add("--learning-rate", type=float, default=1e-4, help="learning rate of Adam")
     parser.set_defaults(**defaults)
     return parser

@@ -12,11 +12,12 @@ import pytest
 import torch
 from clip.model import CLIP
 from conftest import ROOT, TINY, help_of, load_script, photograph, refused, save_tiny_clip
-from evaluate_tta import doubtful_names
+from evaluate_tta import adapt_each, doubtful_names
 from safetensors.torch import load_file
 
-from apm import APMConfig
+from apm import APM, APMConfig
 from apm.token_teachers import ClipTeacher
+from apm.tta import TestTimeTrainer
 
 SCRIPT = "single_token_segmentation/evaluate_tta.py"
 
@@ -72,7 +73,7 @@ def rows(folder):
 IN_ITS_OWN_PROCESS = f"""
 import sys
 import torch
-from apm import APMConfig
+from apm import APM, APMConfig
 from evaluate_tta import main
 torch.set_num_threads(2)
 small = {TINY!r}
@@ -224,17 +225,31 @@ def test_images_that_cannot_be_read(main, small_student, arguments, test_set, tm
     assert not (tmp_path / "none" / "results.json").exists()
 
 
-def test_parallel_students_and_workers_give_the_same_rows(
-    main, small_student, arguments, test_set, tmp_path
-):
+def test_workers_give_the_same_rows(main, small_student, arguments, test_set, tmp_path, caplog):
+    """So does --parallel, which a CPU does not follow, and says so."""
     (test_set / "cat" / "bad.png").write_text("no image")
     tables = []
     for number, more in enumerate(([], ["--parallel", "4"], ["--workers", "2"])):
-        assert main([*arguments, *more, "--output", str(tmp_path / str(number))]) == 0
+        assert (
+            main([*arguments, *more, "--device", "cpu", "--output", str(tmp_path / str(number))])
+            == 0
+        )
         tables.append([row | {"seconds": 0} for row in rows(tmp_path / str(number))])
-    assert tables[0] == tables[2]
-    for one, other in zip(tables[0], tables[1], strict=True):
-        assert one == pytest.approx(other, rel=1e-3)
+        said = "--parallel 4: on a CPU students are faster one by one" in caplog.text
+        assert said == (number > 0)
+    assert tables[0] == tables[1] == tables[2]
+
+
+def test_students_trained_at_once_are_those_trained_one_by_one():
+    trainer = TestTimeTrainer(
+        APM(APMConfig(**TINY | {"pooling": "mean"})), iterations=3, learning_rate=1e-2, locations=5
+    )
+    images, targets = torch.rand(3, 3, 56, 56), torch.randn(3, 16)
+    together = adapt_each(trainer, images, targets, [4, 5, 6], (1, 3))
+    for k, many in enumerate(together):
+        [one] = adapt_each(trainer, images[k : k + 1], targets[k : k + 1], [4 + k], (1, 3))
+        assert one.pooled_at.keys() == many.pooled_at.keys() == {1, 3}
+        torch.testing.assert_close(many.pooled_at, one.pooled_at, atol=1e-5, rtol=0)
 
 
 def test_the_set_is_described_and_useless_names_are_pointed_out(
