@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 import released
 import torch
 import workloads
-from baselines import TPT
 from released import LOCATIONS
 from table import print_table
 from timing import Work, measure, timed_parser
@@ -31,6 +30,7 @@ from apm.data.training_set import TrainingSet
 from apm.distill import Distiller
 from apm.islands import island_colours
 from apm.losses import rgb_targets
+from apm.peers import VIEWS
 from apm.predictor import perceive
 from apm.preprocessing import Preprocessing
 from apm.runtime.cli import FLAGS, OUTPUTS, Results, command
@@ -118,7 +118,7 @@ def peers(device: torch.device) -> Iterator[Work]:
     with device:
         clip, tpt = workloads.clip_forward().run, workloads.tpt_step().run
     yield Work("CLIP ViT-B/16, image + prompt", multiply_adds(clip), clip)
-    name = f"TPT step, {TPT.VIEWS} views, {workloads.CLASSES} classes"
+    name = f"TPT step, {VIEWS} views, {workloads.CLASSES} classes"
     yield Work(name, multiply_adds(tpt), tpt, once=True)
 
 

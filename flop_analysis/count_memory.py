@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 import workloads
-from baselines import TABLE_4, TPT, Paper
+from baselines import TABLE_4, Paper
 from table import print_notes, print_table
 from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 from workloads import Workload
 
+from apm.peers import VIEWS
 from apm.runtime.cli import OUTPUTS, Results, command, make_parser
 from apm.runtime.device import select_device
 from apm.runtime.files import prepare_output
@@ -32,7 +33,7 @@ Build = Callable[[], Workload]
 CHUNKS = (128, 512, 1024)
 CASES: dict[str, tuple[Build, Paper | None]] = {
     "Swin-B, forward": (workloads.swin_forward, TABLE_4["Swin"]),
-    f"TPT, step, {TPT.VIEWS} views, {workloads.CLASSES} prompts": (
+    f"TPT, step, {VIEWS} views, {workloads.CLASSES} prompts": (
         workloads.tpt_step,
         TABLE_4["TPT"],
     ),

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from baselines import TPT, clip_inputs, clip_model, swin_model
+from baselines import clip_inputs, clip_model, swin_model, tpt_model
 from torch import Tensor, nn
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import Adam, Optimizer
 
 from apm import APM, APMConfig
+from apm.peers import VIEWS
 from apm.tta import TestTimeTrainer
 
 CLASSES = 10  # that TPT tells apart; its text tower's activations grow with them
@@ -39,11 +40,11 @@ def clip_forward() -> Workload:
     return forward(clip_model("ViT-B/16"), *clip_inputs())
 
 
-def tpt_step() -> Workload:
+def tpt_step(classes: int = CLASSES) -> Workload:
     """One step of test-time prompt tuning."""
-    model, inputs = TPT(clip_model("ViT-B/16")), clip_inputs(TPT.VIEWS, CLASSES)
-    optimizer = AdamW([model.context], lr=5e-3)
-    return Workload(model, partial(model.step, optimizer, *inputs), optimizer)
+    model, views = tpt_model(classes), clip_inputs(VIEWS)[0]
+    optimizer = model.optimizer()
+    return Workload(model, lambda: model.step(optimizer, model.encode_views(views)), optimizer)
 
 
 def student_forward(chunk_size: int) -> Workload:
