@@ -12,7 +12,8 @@ import pytest
 import torch
 from clip.model import CLIP
 from conftest import ROOT, TINY, help_of, load_script, photograph, refused, save_tiny_clip
-from evaluate_tta import adapt_each, doubtful_names
+from evaluate_tta import doubtful_names
+from methods import adapt_each
 from safetensors.torch import load_file
 
 from apm import APM, APMConfig

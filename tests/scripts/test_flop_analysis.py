@@ -305,9 +305,9 @@ def test_peak_is_that_of_the_work(memory):
         model(torch.zeros(1000, 1000))  # more than the work holds, but before it
         return memory.workloads.forward(model, inputs)
 
-    _, tensors, process = memory.peak_on_cpu(build)
-    assert tensors == 4 * (500 * 1000 + 250 * 1000 + 250 * 500)
-    assert process > tensors
+    row = memory.measure(build, torch.device("cpu"))
+    assert row["peak"] == pytest.approx(4 * (500 * 1000 + 250 * 1000 + 250 * 500) / 1e9)
+    assert row["process"] > row["peak"]
 
 
 def test_chunks_bound_inference(memory):
