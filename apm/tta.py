@@ -69,8 +69,7 @@ class _Student(nn.Module):
 class _Recycling(TorchDispatchMode):
     """Gives a backward pass the memory of former gradients for its large results.
 
-    An allocator of main memory hands large blocks back to the system and gets them again page by
-    page. For 90 MB of gradients a step that takes longer than Adam's update.
+    Main memory comes back from the system page by page: for 90 MB a step longer than Adam takes.
     """
 
     def __init__(self, former: Iterable[Tensor]) -> None:
@@ -166,12 +165,16 @@ class TestTimeTrainer:
         images, kept = image[None].to(self.device), dict[int, Tensor]()
 
         @torch.no_grad()
-        def keep(steps: int) -> None:
-            if steps in (*features_at, self.iterations):
-                with precision(self.device, self.dtype):
-                    kept[steps] = self._features(images)[0].float().cpu()
+        def keep(steps: int) -> Tensor | None:
             if steps:
                 on_step()
+            if steps not in (*features_at, self.iterations):
+                return None
+            with precision(self.device, self.dtype):
+                features = self._features(images)
+                pooled = self.model.pool(features)  # of them, which spares another pass
+            kept[steps] = features[0].float().cpu()
+            return pooled.float()
 
         answer = partial(self._student, images)
         [(losses, pooled)] = self._run(answer, target[None], self.optimizer, pooled_at, keep)
@@ -222,18 +225,18 @@ class TestTimeTrainer:
         targets: Tensor,
         optimizer: Adam,
         pooled_at: Collection[int],
-        on_step: Callable[[int], None] = lambda steps: None,
+        on_step: Callable[[int], Tensor | None] = lambda steps: None,
     ) -> list[tuple[list[float], dict[int, Tensor]]]:
-        """Fit K students: for each the losses, and the outputs ``(F,)`` after numbers of steps."""
+        """Fit K students: for each the losses, and outputs ``(F,)``, which ``on_step`` may know."""
         self._check_steps(pooled_at)
         if targets.shape[1:] != (width := self.model.config.feature_dim,):
             raise ValueError(f"targets have shape {tuple(targets.shape)}, expected (K, {width})")
         targets, losses, pooled = targets.to(self.device), list[Tensor](), dict[int, Tensor]()
         for steps in range(self.iterations + 1):
-            on_step(steps)
+            known = on_step(steps)
             if steps in (*pooled_at, self.iterations):
                 with torch.no_grad():
-                    pooled[steps] = self._answer(answer)
+                    pooled[steps] = self._answer(answer) if known is None else known
             if steps < self.iterations:
                 losses.append(self._step(answer, targets, optimizer)[0])
         by_student = torch.stack(losses, dim=1).tolist()  # one copy, not one a step

@@ -11,6 +11,7 @@ from typing import Any
 
 import released
 import torch
+import workloads
 from baselines import TABLE_4, clip_inputs, clip_model, swin_model, tpt_model
 from counting import HARMLESS, Call, count_forward, count_step
 from figure_2 import draw, features, figure_rows
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from apm import APM, APMConfig
 from apm.peers import VIEWS
 from apm.runtime.cli import OUTPUTS, Results, command
-from apm.runtime.device import select_device
+from apm.runtime.device import multiply_adds, select_device
 from apm.runtime.files import prepare_output
 
 META = torch.device("meta")  # shapes without memory, enough to count what has no data-made shapes
@@ -86,6 +87,19 @@ def student_rows(model: APM) -> list[Row]:
     return rows
 
 
+def few_rows() -> list[Row]:
+    """A step at 64 random locations, and all of a student's 20 iterations with its answer."""
+    step, whole = (
+        workloads.trainer_step(locations=workloads.LOCATIONS).run,
+        workloads.student_iterations(),
+    )
+    works = {"step": step, f"{ITERATIONS} steps, features and pooled vector of all": whole}
+    return [
+        {"name": f"{workloads.LOCATIONS} locations: {name}", "ours": multiply_adds(work) / 1e9}
+        for name, work in works.items()
+    ]
+
+
 def count_tpt(views: int, prompts: int) -> float:
     """A TPT step, the backward pass through the text tower included."""
     with META:  # a thousand prompts would take 40 GB
@@ -93,7 +107,7 @@ def count_tpt(views: int, prompts: int) -> float:
     return count_step(model, lambda tpt, images: tpt.loss(tpt.encode_views(images)), images)
 
 
-def total_rows(forward: list[Row], student: list[Row]) -> list[Row]:
+def total_rows(forward: list[Row], student: list[Row], few: list[Row]) -> list[Row]:
     """Totals over t = 1..20; for APM the teacher at t = 1 and the student at the other 19."""
     swin, clip, *_, half = (row["ours"] for row in forward)
     grid, pooled = student[0], student[-1]
@@ -118,6 +132,8 @@ def total_rows(forward: list[Row], student: list[Row]) -> list[Row]:
         apm("forward, ours", grid["ours"]),
         apm("forward + backward, released", pooled["released"]),
         apm("forward + backward, ours", pooled["ours"]),
+        apm(f"forward + backward at {workloads.LOCATIONS} locations, ours", few[0]["ours"]),
+        compare(f"APM, CLIP + {few[1]['name']}, ours", clip + few[1]["ours"]),
     ]
 
 
@@ -153,19 +169,27 @@ def main(argv: list[str] | None = None) -> None:
 
     clip, model = clip_model("ViT-B/16"), APM(APMConfig.tta())
     forward, student = forward_rows(clip), student_rows(model)
-    total = total_rows(forward, student)
+    few = few_rows()
+    total = total_rows(forward, student, few)
     figure = figure_rows(model.to(device), clip.to(device), forward[1]["ours"], args.repeats)
     notes = explain(forward[1], student[0])
 
     print_table("One forward pass (GMACs)", forward)
     print(f"All that fvcore left out has no products: {', '.join(sorted(HARMLESS))}")
     print_table("APM, TTT model, all 1024 locations (GMACs)", student)
+    print_table("APM, TTT model, a few locations, forward + backward (GMACs)", few)
     print_table("Totals over t = 1..20 (GMACs), Table 4", total)
     print_table("APM, a forward pass for some patches (GMACs), Figure 2", figure)
     print_notes(notes)
     draw(output / "figure_2.png", figure)
     results.save(
-        output, forward=forward, student=student, totals=total, figure_2=figure, notes=notes
+        output,
+        forward=forward,
+        student=student,
+        few=few,
+        totals=total,
+        figure_2=figure,
+        notes=notes,
     )
 
 

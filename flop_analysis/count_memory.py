@@ -37,7 +37,13 @@ CASES: dict[str, tuple[Build, Paper | None]] = {
     ),
     "CLIP ViT-B/16, forward": (workloads.clip_forward, TABLE_4["CLIP"]),
     "CLIP ViT-B/16 + APM, TTT step": (workloads.teacher_and_trainer_step, TABLE_4["APM"]),
+    "CLIP ViT-B/16, freed, then APM, 20 iterations, 64 locations": (
+        workloads.teacher_then_student,
+        TABLE_4["APM"],
+    ),
+    f"TPT, step, {VIEWS} views, 200 prompts": (partial(workloads.tpt_step, 200), None),
     "APM, TTT step": (workloads.trainer_step, None),
+    "APM, TTT step, 64 locations": (partial(workloads.trainer_step, "float32", 64), None),
     **{f"APM, TTT step, chunks of {c}": (partial(workloads.student_step, c), None) for c in CHUNKS},
     **{
         f"APM, forward, chunks of {c}": (partial(workloads.student_forward, c), None)

@@ -1,6 +1,7 @@
 """Where and how precisely to compute, how much it costs, and where randomness comes from."""
 
 import json
+import os
 import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -72,6 +73,7 @@ def peak_bytes(
         torch.cuda.reset_peak_memory_stats()
         work(built)
         return built, torch.cuda.max_memory_allocated()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         built = build()
         with record_function(MEASURED):

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 
+import methods
 import pytest
+import timm
 import torch
 from clip.model import CLIP
 from conftest import ROOT, TINY, help_of, load_script, photograph, refused, save_tiny_clip
@@ -69,6 +71,96 @@ def results(folder):
 def rows(folder):
     with (folder / "rows.csv").open() as file:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+PEERS = ["--method", "apm", "tpt", "zero"]
+
+
+def table(folder, name):
+    with (folder / name).open() as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def test_peers_on_the_same_images(main, small_student, arguments, tmp_path, capsys):
+    """All beside each other; the answers of each are those of its own run, added later or not."""
+    output, alone = tmp_path / "out", tmp_path / "alone"
+    assert main([*arguments, *PEERS]) == 0
+    printed = capsys.readouterr().out
+    methods = {row["name"]: row for row in results(output)["methods"]}
+    assert [*methods] == [
+        *("teacher, single", "teacher, clip80", "TPT", "ZERO"),
+        *("APM, 1 iterations", "APM, 2 iterations"),
+    ]
+    assert all(name in printed for name in methods)
+    assert all(row["GMACs"] > 0 and row["peak_GB"] > 0 for row in methods.values())
+    views = methods["ZERO"]["GMACs"] / methods["teacher, single"]["GMACs"]
+    assert views == pytest.approx(64, rel=0.01)
+    assert methods["TPT"]["GMACs"] > methods["ZERO"]["GMACs"]
+    assert [row["label"] for row in table(output, "tpt.csv")] == [0, 0, 0, 1, 1]
+
+    assert main([*arguments, "--output", str(alone)]) == 0
+    assert results(alone)["methods"][0]["name"] == "teacher, single"
+    assert len(results(alone)["methods"]) == 3
+    assert main([*arguments, *PEERS, "--output", str(alone), "--workers", "1"]) == 0
+    for name in ("rows.csv", "tpt.csv", "zero.csv"):
+        one, other = (
+            [row | {"seconds": 0} for row in table(folder, name)] for folder in (output, alone)
+        )
+        assert one == other
+
+
+def test_peers_that_were_stopped_go_on(main, small_student, arguments, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    assert main([*arguments, *PEERS, "--output", str(tmp_path / "whole")]) == 0
+    vote, seen = methods.zero_vote, []
+
+    def stopping(logits):
+        seen.append(1)
+        if len(seen) == 4:  # the first was to count its cost
+            raise KeyboardInterrupt
+        return vote(logits)
+
+    monkeypatch.setattr(methods, "zero_vote", stopping)
+    assert main([*arguments, *PEERS]) == 130
+    assert len(table(output, "tpt.csv")) == 5 and len(table(output, "zero.csv")) == 2
+    assert not (output / "results.json").exists()
+    assert main([*arguments, *PEERS]) == 0
+    assert len(seen) == 4 + 1 + 3
+    for name in ("teacher_top1", "iterations", "images"):
+        assert results(output)[name] == results(tmp_path / "whole")[name]
+    for one, other in zip(
+        results(output)["methods"], results(tmp_path / "whole")["methods"], strict=True
+    ):
+        assert one["top1"] == other["top1"] and one["agreement"] == other["agreement"]
+
+
+def test_peers_without_students(main, small_student, arguments, tmp_path, capsys):
+    assert main([*arguments, "--method", "zero"]) == 0
+    assert "APM" not in capsys.readouterr().out
+    assert not (tmp_path / "out" / "rows.csv").exists()
+    assert "iterations" not in results(tmp_path / "out")
+
+
+def test_tpt_needs_prompts(main, small_student, arguments, tmp_path, capsys, monkeypatch):
+    """A classifier has none, but views to vote with."""
+    create = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda *args, **more: create(*args, **more | {"pretrained": False})
+    )
+    (tmp_path / "set" / "cat").rename(tmp_path / "set" / "tabby")
+    (tmp_path / "set" / "dog").rename(tmp_path / "set" / "goldfish")
+    weights = tmp_path / "weights.pth"
+    torch.save(create("test_vit", num_classes=1000).state_dict(), weights)
+    arguments = [*arguments, "--teacher", "test_vit", "--teacher-weights", str(weights)]
+    assert main([*arguments, "--method", "apm", "tpt"]) == 2
+    said = capsys.readouterr().err
+    assert "--method tpt: 'test_vit' has no prompts to tune; give a CLIP" in said
+    assert said.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert main([*arguments, "--method", "zero"]) == 0
+    assert [row["name"] for row in results(tmp_path / "out")["methods"]] == [
+        "teacher, single",
+        "ZERO",
+    ]
 
 
 IN_ITS_OWN_PROCESS = f"""
@@ -183,8 +275,8 @@ def test_embeddings_are_kept_and_only_the_missing_ones_are_made(
     )
 
     def embedded():
-        """Images that the teacher has seen, but for the one that tells its width."""
-        count = sum(seen) - 1
+        """Images that the teacher has seen, but for those that tell its width and its cost."""
+        count = sum(seen) - 1 - (methods.REPEATS + 1)
         seen.clear()
         return count
 

@@ -407,7 +407,7 @@ def small_benchmark(monkeypatch):
 
 def test_training_is_timed_with_its_data(small_benchmark, monkeypatch, tmp_path, capsys):
     benchmark = small_benchmark
-    for part in ("inference", "test_time_training", "islands", "peers"):
+    for part in ("inference", "test_time_training", "one_image", "islands", "peers"):
         monkeypatch.setattr(benchmark, part, lambda device: ())
     assert benchmark.main(["--output", str(tmp_path), "--device", "cpu", "--repeats", "1"]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
