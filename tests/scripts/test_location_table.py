@@ -35,9 +35,9 @@ def test_the_table(tmp_path, monkeypatch, capsys):
         (tmp_path / "set" / name).mkdir(parents=True, exist_ok=True)
         photograph(seed=index).save(tmp_path / "set" / name / f"{index}.png")
     arguments = [
-        *("--teacher", str(save_tiny_clip(tmp_path / "clip.pt")), "--iterations", "2"),
+        *("--teacher", str(save_tiny_clip(tmp_path / "clip.pt")), "--iterations", "20"),
         *("--data-root", str(tmp_path / "set"), "--output", str(tmp_path / "out")),
-        *("--counts", "1,16", "--arms", "whole", "no-column"),
+        *("--counts", "1,16", "--arms", "whole", "no-column", "--learning-rate", "3e-2"),
     ]
     assert script.main(arguments) == 0
     printed = capsys.readouterr().out
