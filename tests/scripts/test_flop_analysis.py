@@ -370,6 +370,7 @@ def test_the_released_step_of_test_time_training_is_ours(monkeypatch):
         released, "rgb_head", lambda _: lambda *parts: sizes.append(len(parts[0])) or paint(*parts)
     )
     image, target = torch.rand(1, 3, 56, 56), torch.randn(1, 16)
+    before = other.feature_head.weight.clone()
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
     trainer.optimizer = torch.optim.SGD([{"params": trainer.model.parameters(), "steps_done": 0}])
     trainer.learning_rate = 0.1
@@ -377,6 +378,7 @@ def test_the_released_step_of_test_time_training_is_ours(monkeypatch):
         released.tta_step(other, image, target, optimizer)
         trainer.step(image, target)
     assert sizes == [16] * (2 * 8 * 16 // 16)  # of 8 copies of a grid of 16, twice
+    assert (other.feature_head.weight - before).abs().max() > 1e-3
     for name, weights in trainer.model.state_dict().items():
         torch.testing.assert_close(other.state_dict()[name], weights, atol=1e-5, rtol=0, msg=name)
 
