@@ -3,14 +3,13 @@
 Build them under ``with device:``; on ``torch.device("meta")`` they have shapes and no memory.
 """
 
-import math
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
+
+from apm.peers import TPT
 
 
 class Paper(NamedTuple):
@@ -67,54 +66,6 @@ def swin_model() -> nn.Module:
     return swin_b().eval()
 
 
-class TPT(nn.Module):
-    """Test-time prompt tuning (Shu et al., NeurIPS 2022): a frozen CLIP and learned context tokens.
-
-    Args:
-        clip: what ``clip_model`` returns; its parameters are frozen.
-        context_tokens: learned tokens in front of the class name.
-    """
-
-    VIEWS = 64  # augmented views of the test image in one step
-
-    def __init__(self, clip: Any, context_tokens: int = 4) -> None:
-        super().__init__()
-        self.clip = clip.requires_grad_(False)
-        width = clip.token_embedding.embedding_dim
-        self.context = nn.Parameter(0.02 * torch.randn(context_tokens, width))
-
-    def forward(self, views: Tensor, prompts: Tensor) -> Tensor:
-        """``(V, 3, 224, 224)`` and token ids ``(C, 77)`` -> logits ``(V, C)``.
-
-        Nothing in front of the image tower's output is learned, so that tower runs without a
-        backward pass.
-        """
-        with torch.no_grad():
-            images = F.normalize(self.clip.encode_image(views), dim=-1)
-        texts = F.normalize(self.encode_text(prompts), dim=-1)
-        return self.clip.logit_scale.exp() * images @ texts.T
-
-    def encode_text(self, prompts: Tensor) -> Tensor:
-        """Token ids ``(C, 77)`` -> ``(C, embed_dim)``, tokens 1, 2, ... being the learned ones."""
-        clip, length = self.clip, len(self.context)
-        tokens = clip.token_embedding(prompts)  # (C, 77, width)
-        context = self.context.expand(len(prompts), -1, -1)
-        tokens = torch.cat([tokens[:, :1], context, tokens[:, 1 + length :]], dim=1)
-        tokens = (tokens + clip.positional_embedding).transpose(0, 1)  # (77, C, width)
-        tokens = clip.ln_final(clip.transformer(tokens)).transpose(0, 1)
-        rows = torch.arange(len(prompts), device=prompts.device)
-        return tokens[rows, prompts.argmax(dim=-1)] @ clip.text_projection
-
-    def loss(self, views: Tensor, prompts: Tensor) -> Tensor:
-        """Entropy of the mean prediction of the most confident tenth of the views."""
-        log_p = self(views, prompts).log_softmax(dim=1)  # (V, C)
-        entropies = -(log_p.exp() * log_p).sum(dim=1)
-        chosen = entropies.topk(max(1, len(views) // 10), largest=False).indices
-        log_mean = log_p[chosen].logsumexp(dim=0) - math.log(len(chosen))
-        return -(log_mean.exp() * log_mean).sum()
-
-    def step(self, optimizer: Optimizer, views: Tensor, prompts: Tensor) -> None:
-        """One step of ``optimizer`` on the context tokens."""
-        optimizer.zero_grad()
-        self.loss(views, prompts).backward()
-        optimizer.step()
+def tpt_model(prompts: int = 1) -> TPT:
+    """Test-time prompt tuning of CLIP ViT-B/16."""
+    return TPT(clip_model("ViT-B/16"), clip_inputs(prompts=prompts)[1])

@@ -9,18 +9,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import released
 import torch
-import workloads
-from baselines import TPT
+from adaptation import DTYPES, FEW, mlp_macs, one_image, peers, test_time_training, times_faster
 from released import LOCATIONS
 from table import print_table
 from timing import Work, measure, timed_parser
-from torch import Tensor
 from torch.optim import Adam
 
 from apm import APM, APMConfig, load_model
@@ -36,18 +34,9 @@ from apm.preprocessing import Preprocessing
 from apm.runtime.cli import FLAGS, OUTPUTS, Results, command
 from apm.runtime.device import multiply_adds, precision, select_device
 from apm.runtime.files import ROOT, prepare_output
-from apm.tta import TestTimeTrainer
 
-DTYPES = ("float32", "bfloat16")
 PHOTOGRAPH = ROOT / "assets" / "cat.jpg"
 BATCH = 4  # images a step of training
-
-
-def mlp_macs(config: APMConfig, *, first: bool = False, head: bool = True) -> int:
-    """Multiply-adds of the shared MLP on the grid, with or without first layer and head."""
-    widths = [config.column_dim + config.position_dim, *config.trunk_widths, config.feature_dim]
-    layers = [a * b for a, b in pairwise(widths)]
-    return LOCATIONS * sum(layers[0 if first else 1 : None if head else -1])
 
 
 def inference(device: torch.device) -> Iterator[Work]:
@@ -69,34 +58,6 @@ def inference(device: torch.device) -> Iterator[Work]:
         yield Work("dense, ours", mlp_macs(model.config), partial(ours, dtype), dtype)
 
 
-def test_time_training(device: torch.device) -> Iterator[Work]:
-    """One step of the full student; then whole images, one by one and eight at once."""
-    model = TestTimeTrainer(device=device).model
-    image = torch.rand(1, 3, 448, 448, device=device)
-    target = torch.randn(1, model.config.feature_dim, device=device)
-    step = partial(released.tta_step, model, image, target, Adam(model.parameters(), lr=1e-4))
-    macs = released.COPIES * 3 * mlp_macs(model.config, first=True)
-    yield Work("TTT step, released", macs, step, once=True)
-    macs = 3 * mlp_macs(model.config, head=False)  # the head is applied after pooling
-    for dtype in DTYPES:
-        with device:
-            run = workloads.trainer_step(dtype).run
-        yield Work("TTT step, ours", macs, run, dtype)
-
-    def adapt(trainer: TestTimeTrainer, images: Tensor, targets: Tensor) -> object:
-        if len(images) > 1:
-            return trainer.adapt_many(images, targets, range(len(images)))
-        trainer.reset(0)
-        return trainer.adapt(images[0], targets[0])
-
-    for iterations, count in ((20, 1), (2, 1), (2, 8)):
-        trainer = TestTimeTrainer(iterations=iterations, device=device)
-        images, targets = torch.rand(count, 3, 448, 448), torch.randn(count, target.shape[1])
-        name = f"TTT, {iterations} iterations, {count} image{'s at once' * (count > 1)}"
-        run = partial(adapt, trainer, images, targets)
-        yield Work(name, count * iterations * macs, run, images=count, once=True)
-
-
 def islands(device: torch.device) -> Iterator[Work]:
     """From a photograph to colours with the bundled checkpoint."""
     model = load_model(FLAGS["--checkpoint"]["default"], device)
@@ -105,15 +66,6 @@ def islands(device: torch.device) -> Iterator[Work]:
     for method in ("pca", "tsne"):
         run = partial(lambda method: island_colours(see().features, method), method)
         yield Work(f"islands of a photograph, {method}", macs, run)
-
-
-def peers(device: torch.device) -> Iterator[Work]:
-    """What the paper compares with, random weights."""
-    with device:
-        clip, tpt = workloads.clip_forward().run, workloads.tpt_step().run
-    yield Work("CLIP ViT-B/16, image + prompt", multiply_adds(clip), clip)
-    name = f"TPT step, {TPT.VIEWS} views, {workloads.CLASSES} classes"
-    yield Work(name, multiply_adds(tpt), tpt, once=True)
 
 
 def distiller(device: torch.device, dtype: str = "float32") -> Distiller:
@@ -182,13 +134,16 @@ def main(argv: list[str] | None = None) -> None:
     device = select_device(args.device)
     output = prepare_output(args.output)
     results, waits = Results(args, device), list[float]()
-    parts = [part(device) for part in (inference, test_time_training, islands, peers, training)]
-    works = chain(*parts, training_data(device, waits))
+    first = (inference, test_time_training, one_image, peers, islands, training)
+    works = chain(*(part(device) for part in first), training_data(device, waits))
     rows = [measure(work, device, args.repeats) for work in works]
     data_wait = sum(waits) / rows[-1]["seconds"]
     print_table("Seconds, median", rows, digits=3)
+    faster = times_faster(rows)
+    for name, times in faster.items():
+        print(f"{FEW}: {times:.1f} times faster than one {name}")
     print(f"training waits for data {100 * data_wait:.1f} % of the time")
-    results.save(output, rows=rows, data_wait=data_wait)
+    results.save(output, rows=rows, times_faster=faster, data_wait=data_wait)
 
 
 if __name__ == "__main__":

@@ -12,72 +12,44 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import workloads
-from baselines import TABLE_4, TPT, Paper
+from baselines import TABLE_4, Paper
 from table import print_notes, print_table
-from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 from workloads import Workload
 
+from apm.peers import VIEWS
 from apm.runtime.cli import OUTPUTS, Results, command, make_parser
-from apm.runtime.device import select_device
+from apm.runtime.device import peak_bytes, select_device
 from apm.runtime.files import prepare_output
 
 Build = Callable[[], Workload]
 CHUNKS = (128, 512, 1024)
+MEASURABLE = ("cpu", "cuda")
 CASES: dict[str, tuple[Build, Paper | None]] = {
     "Swin-B, forward": (workloads.swin_forward, TABLE_4["Swin"]),
-    f"TPT, step, {TPT.VIEWS} views, {workloads.CLASSES} prompts": (
+    f"TPT, step, {VIEWS} views, {workloads.CLASSES} prompts": (
         workloads.tpt_step,
         TABLE_4["TPT"],
     ),
     "CLIP ViT-B/16, forward": (workloads.clip_forward, TABLE_4["CLIP"]),
     "CLIP ViT-B/16 + APM, TTT step": (workloads.teacher_and_trainer_step, TABLE_4["APM"]),
+    "CLIP ViT-B/16, freed, then APM, 20 iterations, 64 locations": (
+        workloads.teacher_then_student,
+        TABLE_4["APM"],
+    ),
+    f"TPT, step, {VIEWS} views, 200 prompts": (partial(workloads.tpt_step, 200), None),
     "APM, TTT step": (workloads.trainer_step, None),
+    "APM, TTT step, 64 locations": (partial(workloads.trainer_step, "float32", 64), None),
     **{f"APM, TTT step, chunks of {c}": (partial(workloads.student_step, c), None) for c in CHUNKS},
     **{
         f"APM, forward, chunks of {c}": (partial(workloads.student_forward, c), None)
         for c in CHUNKS
     },
 }
-MEASURED = "measured"  # marks the work in the profiler's trace
-
-
-def peak_on_cuda(build: Build) -> tuple[Workload, int, int]:
-    """Build a workload, run it, and ask the CUDA allocator; as ``peak_on_cpu``."""
-    workload = build()
-    torch.cuda.reset_peak_memory_stats()
-    workload.run()
-    return workload, torch.cuda.max_memory_allocated(), process_peak()
-
-
-def peak_on_cpu(build: Build) -> tuple[Workload, int, int]:
-    """Build a workload, run it, and read torch's profiler.
-
-    The profiler totals what it saw allocated and freed, so it watches the building too.
-
-    Returns:
-        The workload, and the most bytes held at once by tensors during its run and by the process.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        workload = build()
-        with record_function(MEASURED):
-            workload.run()
-    process = process_peak()  # before the trace is read
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    start = next(event["ts"] for event in events if event["name"] == MEASURED)
-    memory = [event for event in events if event["name"] == "[memory]"]
-    before = memory[0]["args"]["Total Allocated"] - memory[0]["args"]["Bytes"]
-    totals = [event["args"]["Total Allocated"] for event in memory if event["ts"] >= start]
-    return workload, max(totals) - before, process
 
 
 def process_peak() -> int:
@@ -86,13 +58,17 @@ def process_peak() -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-PEAK_ON = {"cpu": peak_on_cpu, "cuda": peak_on_cuda}
-
-
 def measure(build: Build, device: torch.device) -> dict[str, float]:
     """GB of a workload in this process."""
+    process = 0
+
+    def work(workload: Workload) -> None:
+        nonlocal process
+        workload.run()
+        process = process_peak()  # before the profiler's trace is read
+
     with device:
-        workload, peak, process = PEAK_ON[device.type](build)
+        workload, peak = peak_bytes(build, work, device)
     weights = sum(tensor.nbytes for tensor in workload.model.state_dict().values())
     states = workload.optimizer.state.values() if workload.optimizer else ()
     optimiser = sum(tensor.nbytes for state in states for tensor in state.values())
@@ -144,8 +120,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     device = select_device(args.device)
-    if device.type not in PEAK_ON:
-        raise ValueError(f"--device {device.type}: memory is measured on {' or '.join(PEAK_ON)}")
+    if device.type not in MEASURABLE:
+        raise ValueError(f"--device {device.type}: memory is measured on {' or '.join(MEASURABLE)}")
     if args.case:
         print(json.dumps(measure(CASES[args.case][0], device)))
         return

@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from baselines import CLIP_SIZES, TABLE_4, TPT, clip_model, swin_model
+from baselines import CLIP_SIZES, TABLE_4, clip_model, swin_model, tpt_model
 from table import compare, print_notes, print_table
 from torch import nn
 
@@ -19,7 +19,7 @@ META = torch.device("meta")  # shapes are enough
 def build_models() -> dict[str, nn.Module]:
     """Every model of Table 4, and those whose counts explain it."""
     with META:
-        models = {"Swin-B": swin_model(), "TPT (CLIP ViT-B/16)": TPT(clip_model("ViT-B/16"))}
+        models = {"Swin-B": swin_model(), "TPT (CLIP ViT-B/16)": tpt_model()}
         models |= {f"CLIP {name}": clip_model(name) for name in CLIP_SIZES}
         apms = {"COCO": APMConfig.coco(), "TTT": APMConfig.tta()}
         return models | {f"APM, {name} model": APM(config) for name, config in apms.items()}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import Adam
+from torch.optim import Optimizer
 
 from apm import APM
 from apm.layers import QueryLinear
@@ -18,7 +18,7 @@ from apm.positional_encoding import sincos_2d
 
 LOCATIONS = 1024  # of the paper's models
 COPIES = 8  # of the one image in a step of test-time training
-TTA_CHUNK = 16
+TTA_CHUNK = 16  # queries
 
 
 def joined(layer: QueryLinear) -> Callable[..., Tensor]:
@@ -55,14 +55,47 @@ def features(
 
 def dense(model: APM, images: Tensor, chunk_size: int = LOCATIONS) -> tuple[Tensor, Tensor]:
     """Inference: features ``(B, N, F)`` and colours ``(B, N, 3)`` of the whole grid."""
-    answers, colours, rgb_first = [], [], joined(model.rgb_first)
+    answers, colours, paint = [], [], rgb_head(model)
     for query, answer in chunks(model, model.encode(images), chunk_size):
-        rgb = rgb_first(answer, *query).relu()
+        answers.append(answer)
+        colours.append(paint(answer, *query))
+    return torch.cat(answers, dim=1), torch.cat(colours, dim=1)
+
+
+def rgb_head(model: APM) -> Callable[..., Tensor]:
+    """Colours of features ``(..., F)`` and of both parts of their queries."""
+    first = joined(model.rgb_first)
+
+    def paint(*parts: Tensor) -> Tensor:
+        rgb = first(*parts).relu()
         for layer in model.rgb_head:
             rgb = layer(rgb).relu()
-        answers.append(answer)
-        colours.append(rgb)
-    return torch.cat(answers, dim=1), torch.cat(colours, dim=1)
+        return rgb
+
+    return paint
+
+
+def tta_features(model: APM, column: Tensor) -> Tensor:
+    """Features of the whole grid as a step of test-time training has them, ``(B, N, F)``.
+
+    Images and locations are one list of queries, answered ``TTA_CHUNK`` at a time. Each chunk's
+    colours are computed though nothing asks for them, and all answers so far are copied with each
+    chunk that joins them.
+    """
+    first, paint = joined(model.trunk_first), rgb_head(model)
+    encoding = sincos_2d(model.grid_positions(), model.config.position_dim)  # (N, P)
+    images, locations = len(column), len(encoding)
+    columns = column[:, None].expand(-1, locations, -1).flatten(0, 1)  # (B N, D)
+    positions = encoding.repeat(images, 1)  # (B N, P)
+    answers, colours = column.new_empty(0, model.config.feature_dim), column.new_empty(0, 3)
+    for query in zip(columns.split(TTA_CHUNK), positions.split(TTA_CHUNK), strict=True):
+        x = first(*query).relu()
+        for layer in model.trunk:
+            x = layer(x).relu()
+        answer = model.feature_head(x)
+        answers = torch.cat([answers, answer])
+        colours = torch.cat([colours, paint(answer, *query)])
+    return answers.view(images, locations, -1)
 
 
 def pool(model: APM, answers: Tensor) -> Tensor:
@@ -73,22 +106,22 @@ def pool(model: APM, answers: Tensor) -> Tensor:
     return pooling.attention(query, tokens, tokens)[0][:, 0]
 
 
-def tta_step(model: APM, image: Tensor, target: Tensor, optimizer: Adam) -> None:
+def tta_step(model: APM, image: Tensor, target: Tensor, optimizer: Optimizer) -> None:
     """A step of test-time training on one image ``(1, 3, H, H)`` and its target ``(1, F)``."""
     column = model.encode(image.expand(COPIES, -1, -1, -1))
-    pooled = pool(model, features(model, column, TTA_CHUNK))
+    pooled = pool(model, tta_features(model, column))
     _step(optimizer, F.mse_loss(pooled, target.expand(COPIES, -1)))
 
 
 def training_step(
-    model: APM, images: Tensor, targets: Tensor, colours: Tensor, optimizer: Adam
+    model: APM, images: Tensor, targets: Tensor, colours: Tensor, optimizer: Optimizer
 ) -> float:
     """A step of training on COCO; the loss before it."""
     answers, rgb = dense(model, images)
     return _step(optimizer, F.mse_loss(answers, targets) + F.mse_loss(rgb, colours))
 
 
-def _step(optimizer: Adam, loss: Tensor) -> float:
+def _step(optimizer: Optimizer, loss: Tensor) -> float:
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

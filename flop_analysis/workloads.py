@@ -6,14 +6,16 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from baselines import TPT, clip_inputs, clip_model, swin_model
+from baselines import clip_inputs, clip_model, swin_model, tpt_model
 from torch import Tensor, nn
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import Adam, Optimizer
 
 from apm import APM, APMConfig
+from apm.peers import VIEWS
 from apm.tta import TestTimeTrainer
 
 CLASSES = 10  # that TPT tells apart; its text tower's activations grow with them
+LOCATIONS, ITERATIONS = 64, 20  # of test-time training from a few locations
 
 
 class Workload(NamedTuple):
@@ -39,11 +41,11 @@ def clip_forward() -> Workload:
     return forward(clip_model("ViT-B/16"), *clip_inputs())
 
 
-def tpt_step() -> Workload:
+def tpt_step(classes: int = CLASSES) -> Workload:
     """One step of test-time prompt tuning."""
-    model, inputs = TPT(clip_model("ViT-B/16")), clip_inputs(TPT.VIEWS, CLASSES)
-    optimizer = AdamW([model.context], lr=5e-3)
-    return Workload(model, partial(model.step, optimizer, *inputs), optimizer)
+    model, views = tpt_model(classes), clip_inputs(VIEWS)[0]
+    optimizer = model.optimizer()
+    return Workload(model, lambda: model.step(optimizer, model.encode_views(views)), optimizer)
 
 
 def student_forward(chunk_size: int) -> Workload:
@@ -69,9 +71,10 @@ def student_step(chunk_size: int) -> Workload:
     return Workload(model, run, optimizer)
 
 
-def trainer_step(dtype: str = "float32") -> Workload:
+def trainer_step(dtype: str = "float32", locations: int | None = None) -> Workload:
     """A step of ``TestTimeTrainer``, which needs the pooled vector alone."""
-    trainer = TestTimeTrainer(dtype=dtype, device=torch.get_default_device())
+    device = torch.get_default_device()
+    trainer = TestTimeTrainer(dtype=dtype, locations=locations, device=device)
     images, target = torch.rand(1, 3, 448, 448), torch.randn(1, trainer.model.config.feature_dim)
     run = partial(trainer.step, images, target)
     run()  # Adam's state exists from its first step on
@@ -83,3 +86,31 @@ def teacher_and_trainer_step() -> Workload:
     teacher, student = clip_forward(), trainer_step()
     models = nn.ModuleList([teacher.model, student.model])
     return Workload(models, lambda: (teacher.run(), student.run()), student.optimizer)
+
+
+def teacher_then_student() -> Workload:
+    """One image from end to end: the teacher's forward pass, then a new student's 20 iterations.
+
+    Students need the teacher's embedding alone: its memory is free before theirs is taken.
+    """
+    teacher = clip_forward()
+
+    def run() -> None:
+        teacher.run()
+        teacher.model.to("meta")
+        student_iterations()()
+
+    return Workload(teacher.model, run)
+
+
+def student_iterations() -> Callable[[], object]:
+    """Twenty iterations at 64 locations from new weights on, and the answer of all locations."""
+    device = torch.get_default_device()
+    trainer = TestTimeTrainer(iterations=ITERATIONS, locations=LOCATIONS, device=device)
+    image, target = torch.rand(3, 448, 448), torch.randn(trainer.model.config.feature_dim)
+
+    def run() -> None:
+        trainer.reset(0)
+        trainer.adapt(image, target)
+
+    return run

@@ -1,22 +1,33 @@
 """Test-time training over a data set (paper, tables 1 to 3).
 
 For each image a student that knows nothing learns the teacher's embedding of it. The table shows
-the accuracy of teacher and students, side by side, after chosen numbers of iterations. A run that
-was stopped goes on when it is given again.
+the accuracy of teacher and students, side by side, after chosen numbers of iterations, and with
+--method that of TPT and ZERO on the same images. A run that was stopped goes on when it is given
+again.
 """
 
 import logging
 import re
 import sys
-import time
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from evaluation import embed_set, image_row, row_columns, summarise
-from torch import Tensor
+from evaluation import common_rows, embed_set, print_methods, row_columns, summarise
+from methods import (
+    METHODS,
+    PEER_COLUMNS,
+    make_peer,
+    peer_cost,
+    predict,
+    run_peer,
+    run_students,
+    student_cost,
+    teacher_classes,
+    teacher_cost,
+)
 from tta_setup import build, make_tta_parser
 
 from apm.data.class_names import load_templates
@@ -26,14 +37,12 @@ from apm.data.test_sets import (
     DATASETS,
     LabelledImages,
     load_dataset,
-    read_batches,
     spread,
 )
 from apm.runtime.cli import OUTPUTS, ROOT, Results, command, positive_int
-from apm.runtime.device import multiply_adds, seed_everything, select_device
+from apm.runtime.device import seed_everything, select_device
 from apm.runtime.files import keep_settings, prepare_output, read_json
 from apm.runtime.logs import RowLog
-from apm.tta import Adaptation, TestTimeTrainer
 
 logger = logging.getLogger(__name__)
 NAMES = 5  # of classes, that are shown
@@ -47,7 +56,12 @@ def positive_ints(text: str) -> tuple[int, ...]:
 def parse(argv: list[str] | None) -> Namespace:
     """The script's flags."""
     parser = make_tta_parser(
-        __doc__, "--limit", "--workers", output=OUTPUTS / "evaluate_tta", iterations=50
+        __doc__,
+        "--limit",
+        "--workers",
+        output=OUTPUTS / "evaluate_tta",
+        iterations=50,
+        locations="64",
     )
     add = parser.add_argument
     add("--dataset", choices=DATASETS, required=True, help="the test set")
@@ -55,8 +69,14 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--download", action="store_true", help="let torchvision fetch the data set")
     add("--corruption", default=ALL, help="of cifar10c: all, or the name of one")
     add("--severity", type=int, default=5, help="of cifar10c, 1 to 5")
+    add("--method", nargs="+", choices=METHODS, default=["apm"], help="apm, and its peers")
     add("--report-at", type=positive_ints, default="1,5,10,20,50", help="iterations in the table")
-    add("--parallel", type=positive_int, default=1, help="students trained at once")
+    add(
+        "--parallel",
+        type=positive_int,
+        default=1,
+        help="students trained at once, on an accelerator",
+    )
     args = parser.parse_args(argv)
     args.report_at = sorted({step for step in args.report_at if step <= args.iterations})
     made = args.data_root / "settings.json"  # of make_corruptions.py
@@ -94,43 +114,13 @@ def describe(data: LabelledImages) -> dict[str, Any]:
     }
 
 
-def adapt_each(
-    trainer: TestTimeTrainer, images: Tensor, targets: Tensor, seeds: Sequence[int]
-) -> list[Adaptation]:
-    """A new student for each image; a single one is faster without stacked weights."""
-    if len(seeds) > 1:
-        return trainer.adapt_many(images, targets, seeds)
-    trainer.reset(seeds[0])
-    return [trainer.adapt(images[0], targets[0])]
-
-
-def step_gmacs(trainer: TestTimeTrainer) -> float:
-    """Giga multiply-adds of one step, forward and backward."""
-    config = trainer.model.config
-    image = torch.zeros(1, 3, config.image_size, config.image_size, device=trainer.device)
-    target = torch.zeros(1, config.feature_dim, device=trainer.device)
-    return multiply_adds(lambda: trainer.step(image, target)) / 1e9
-
-
-def print_table(summary: Mapping[str, Any], gmacs: float) -> None:
-    """Teacher and student by iteration."""
-    print(
-        f"{summary['images']} images, {summary['skipped']} skipped; "
-        f"teacher top-1 {summary['teacher_top1']:.2f} %"
-    )
-    print("iteration  student top-1 %  agreement %       loss  GMACs an image")
-    for row in summary["iterations"]:
-        print(
-            f"{row['iteration']:9}  {row['student_top1']:15.2f}  {row['agreement']:11.2f}  "
-            f"{row['loss']:9.2e}  {gmacs * row['iteration']:14.1f}"
-        )
-    print(f"{summary['seconds_per_image']:.2f} s an image")
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = select_device(args.device)
+    if device.type == "cpu" and args.parallel > 1:
+        logger.warning("--parallel %d: on a CPU students are faster one by one", args.parallel)
+        args.parallel = 1
     templates = load_templates(args.templates)
     data = load_dataset(
         args.dataset,
@@ -143,41 +133,57 @@ def main(argv: list[str] | None = None) -> None:
     described = describe(data)
     seed_everything(args.seed)
     teacher, trainer = build(args, device)
-    classes = teacher.embed_classes(data.class_names, templates).cpu()
+    alone = teacher_classes(teacher, data.class_names, args.templates, args.method != ["apm"])
+    classes = next(iter(alone.values()))
+    peers = {
+        method: make_peer(method, teacher, data.class_names, classes)
+        for method in args.method
+        if method != "apm"
+    }
 
     output = prepare_output(args.output)
-    same = ("iterations", "report_at", "pooling", "learning_rate", "seed", "dtype")
+    same = ("iterations", "report_at", "pooling", "learning_rate", "locations", "seed", "dtype")
     settings = {name: getattr(args, name) for name in same} | teacher.identity
     settings |= {"dataset": data.name, "files_sha256": data.files_sha256}
     settings |= {"classes": data.class_names, "templates": templates}
     keep_settings(output / "settings.json", settings)
-    log, skipped = RowLog(output / "rows.csv", row_columns(args.report_at)), Skipped()
+    logs = {method: RowLog(output / f"{method}.csv", PEER_COLUMNS) for method in peers}
+    if "apm" in args.method:
+        logs["apm"] = RowLog(output / "rows.csv", row_columns(args.report_at))
 
-    chosen = spread(len(data), args.limit)
+    chosen, skipped = spread(len(data), args.limit), Skipped()
     embeddings_file = output / "embeddings.safetensors"
     targets = embed_set(teacher, data, chosen, embeddings_file, skipped, args.workers)
-    done = log.done
-    todo = [index for index in chosen if index in targets and index not in done]
-    prepare = trainer.model.preprocessing
-    for indices, images, labels in read_batches(
-        data, prepare, todo, args.parallel, skipped, args.workers, title="students"
-    ):
-        goals = torch.stack([targets[index] for index in indices])
-        started = time.perf_counter()
-        adapted = adapt_each(trainer, images, goals, [args.seed + index for index in indices])
-        seconds = (time.perf_counter() - started) / len(indices)
-        log.append(
-            image_row(*one, seconds, teacher, classes, args.report_at)
-            for one in zip(indices, labels.tolist(), goals, adapted, strict=True)
-        )
+    costs = {"teacher": teacher_cost(teacher)}
+    costs |= {method: peer_cost(answer, teacher) for method, answer in peers.items()}
+    todo = {
+        method: [index for index in chosen if index in targets and index not in log.done]
+        for method, log in logs.items()
+    }
+    for method, answer in peers.items():
+        for row in run_peer(
+            answer, teacher, data, todo[method], skipped, args.seed, args.workers, method
+        ):
+            logs[method].append([row])
+    teacher.to("meta")  # students need its embeddings alone: its memory is free
+    if "apm" in logs:
+        costs["apm"] = student_cost(trainer)
+        for rows in run_students(
+            args, teacher, trainer, classes, data, targets, todo["apm"], skipped
+        ):
+            logs["apm"].append(rows)
     skipped.refuse_all(len(chosen))
 
-    asked = set(chosen)  # a former run may have had another --limit
-    rows = [row for row in log.rows if row["index"] in asked]
-    summary = summarise(rows, args.report_at) | {"skipped": len(skipped)}
-    gmacs = step_gmacs(trainer)
-    results.save(output, **described, **summary, gmacs_per_iteration=gmacs)
-    print_table(summary, gmacs)
+    images, tables = common_rows(logs, chosen)
+    embeddings = torch.stack([targets[index] for index in images])
+    answers = {name: predict(teacher, embeddings, rows) for name, rows in alone.items()}
+    summary = summarise(tables, answers, args.report_at, costs) | {"skipped": len(skipped)}
+    results.save(output, **described, **summary)
+    print(
+        f"{summary['images']} images, {summary['skipped']} skipped; "
+        f"teacher top-1 {summary['teacher_top1']:.2f} %"
+    )
+    print_methods(summary["methods"])
 
 
 if __name__ == "__main__":

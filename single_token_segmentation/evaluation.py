@@ -1,5 +1,6 @@
 """Teacher and students on a test set: embeddings, a row of predictions an image, accuracies."""
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from apm.data.images import Skipped
 from apm.data.test_sets import LabelledImages, read_batches
 from apm.runtime.files import atomic_path
+from apm.runtime.logs import Row, RowLog
 from apm.token_teachers import TokenTeacher
 from apm.tta import Adaptation
 
@@ -98,7 +100,7 @@ def image_row(
         target: ``(F,)``, the teacher's embedding of the image.
         classes: the teacher's embeddings of the class names.
     """
-    pooled = adapted.pooled_at[list(report_at)]  # (R, F)
+    pooled = torch.stack([adapted.pooled_at[step] for step in report_at])  # (R, F)
     predictions = teacher.logits(torch.cat([target[None], pooled]), classes).argmax(dim=1).tolist()
     losses = (pooled - target).square().mean(dim=1).tolist()
     row = {"index": index, "label": label, "teacher": predictions[0]}
@@ -108,23 +110,100 @@ def image_row(
     return row | {"seconds": round(seconds, 4)}
 
 
-def summarise(rows: Sequence[Mapping[str, float]], report_at: Sequence[int]) -> dict[str, Any]:
-    """Top-1 of teacher and student in per cent, their agreement, and the loss, by iteration."""
+def common_rows(
+    logs: Mapping[str, RowLog], chosen: Iterable[int]
+) -> tuple[list[int], dict[str, list[Row]]]:
+    """The chosen images that every method has a row of, and these rows."""
+    rows = {method: {int(row["index"]): row for row in log.rows} for method, log in logs.items()}
+    # A former run may have had another --limit.
+    images = sorted(set(chosen).intersection(*rows.values()))
+    return images, {method: [found[index] for index in images] for method, found in rows.items()}
 
-    def percent(hits: Iterable[bool]) -> float:
-        return 100 * sum(hits) / len(rows)
 
-    return {
-        "images": len(rows),
-        "teacher_top1": percent(row["teacher"] == row["label"] for row in rows),
-        "seconds_per_image": sum(row["seconds"] for row in rows) / len(rows),
-        "iterations": [
+def score(
+    name: str, predictions: Sequence[float], labels: Sequence[float], teacher: Sequence[float]
+) -> dict[str, Any]:
+    """A row of the table of methods: top-1 and agreement with the teacher's predictions.
+
+    Both in per cent, each with its standard error.
+    """
+    row: dict[str, Any] = {"name": name}
+    for what, wanted in (("top1", labels), ("agreement", teacher)):
+        share = sum(map(int.__eq__, map(int, predictions), map(int, wanted))) / len(wanted)
+        row[what] = 100 * share
+        row[f"{what}_error"] = 100 * math.sqrt(share * (1 - share) / len(wanted))
+    return row
+
+
+def print_methods(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A line a method; ``-`` where a number has no meaning or was not measured."""
+    head = f"{'':26}  {'top-1 %':>13}  {'agreement %':>13}"
+    print(f"{head}  {'loss':>8}  {'s/image':>8}  {'GMACs/image':>11}  {'peak GB':>7}")
+    for row in rows:
+        shares = (
+            f"{row[name]:6.2f} ± {row[f'{name}_error']:4.2f}" for name in ("top1", "agreement")
+        )
+        cells = [f"{cell:>13}" for cell in shares]
+        for name, form in (
+            ("loss", "8.2e"),
+            ("seconds", "8.3f"),
+            ("GMACs", "11.2f"),
+            ("peak_GB", "7.3f"),
+        ):
+            width = form.split(".")[0]
+            cells.append(f"{row[name]:{form}}" if name in row else f"{'-':>{width}}")
+        print("  ".join([f"{row['name']:26}", *cells]))
+
+
+def summarise(
+    tables: Mapping[str, Sequence[Mapping[str, float]]],
+    teachers: Mapping[str, Sequence[int]],
+    report_at: Sequence[int],
+    costs: Mapping[str, Mapping[str, float]],
+) -> dict[str, Any]:
+    """The table of methods, and the students' part of it by iteration.
+
+    Args:
+        tables: method -> its rows, all of the same images in the same order.
+        teachers: name -> the teacher's predictions on them with some prompts; the first are the
+            run's, with which methods are compared.
+        costs: of one image, for ``teacher`` and each method.
+    """
+    rows = next(iter(tables.values()))
+    labels, (teacher, *_) = [row["label"] for row in rows], teachers.values()
+    cost = costs["teacher"]
+    methods = [
+        score(name, predictions, labels, teacher) | {**cost}
+        for name, predictions in teachers.items()
+    ]
+    summary: dict[str, Any] = {"images": len(rows), "teacher_top1": methods[0]["top1"]}
+    for method, of_images in tables.items():
+        seconds = sum(row["seconds"] for row in of_images) / len(rows)
+        if method != "apm":
+            predictions = [row["prediction"] for row in of_images]
+            row = score(method.upper(), predictions, labels, teacher) | {**costs[method]}
+            methods.append(row | {"seconds": seconds})
+            continue
+        own, iterations = costs[method], []
+        for step in report_at:
+            predictions = [one[f"student_{step}"] for one in of_images]
+            row = score(f"APM, {step} iterations", predictions, labels, teacher)
+            row["loss"] = sum(one[f"loss_{step}"] for one in of_images) / len(rows)
+            row["GMACs"] = cost["GMACs"] + step * own["step_GMACs"] + own["pooled_GMACs"]
+            # The teacher's memory is free when the student's is taken.
+            row["peak_GB"] = max(cost["peak_GB"], own["peak_GB"])
+            iterations.append({"iteration": step} | row)
+        # One time for all reports, and the teacher's.
+        iterations[-1]["seconds"] = cost["seconds"] + seconds
+        methods += [{name: row[name] for name in row if name != "iteration"} for row in iterations]
+        summary |= {"seconds_per_image": seconds, "gmacs_per_iteration": own["step_GMACs"]}
+        summary["iterations"] = [
             {
-                "iteration": step,
-                "student_top1": percent(row[f"student_{step}"] == row["label"] for row in rows),
-                "agreement": percent(row[f"student_{step}"] == row["teacher"] for row in rows),
-                "loss": sum(row[f"loss_{step}"] for row in rows) / len(rows),
+                "iteration": row["iteration"],
+                "student_top1": row["top1"],
+                "agreement": row["agreement"],
+                "loss": row["loss"],
             }
-            for step in report_at
-        ],
-    }
+            for row in iterations
+        ]
+    return summary | {"methods": methods, "costs": costs}

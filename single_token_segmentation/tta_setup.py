@@ -1,6 +1,6 @@
 """What test-time training of one image and of a data set share: flags, teacher and student."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from typing import Any
 
 import torch
@@ -13,6 +13,15 @@ from apm.token_teachers import TokenTeacher, load_token_teacher
 from apm.tta import TestTimeTrainer
 
 BUNDLED_TEACHER = ROOT / "checkpoints" / "clip_tiny.pt"
+GRID = 1024  # locations of the paper's student
+
+
+def location_count(text: str) -> int:
+    """An argparse type: how many of a student's locations, or ``all``."""
+    count = GRID if text == "all" else int(text)
+    if not 1 <= count <= GRID:
+        raise ArgumentTypeError(f"{text} must be in 1..{GRID}, or all")
+    return count
 
 
 def make_tta_parser(description: str, *flags: str, **defaults: Any) -> ArgumentParser:
@@ -30,6 +39,7 @@ def make_tta_parser(description: str, *flags: str, **defaults: Any) -> ArgumentP
     add("--templates", default="single", help="prompts: single, clip80, or a file of them")
     add("--pooling", choices=("attention", "mean"), default="attention", help="of the student")
     add("--iterations", type=positive_int, help="steps for each image")
+    add("--locations", type=location_count, default="all", help="random places a step, or all")
     add("--learning-rate", type=float, default=1e-4, help="learning rate of Adam")
     parser.set_defaults(**defaults)
     return parser
@@ -43,6 +53,8 @@ def build(args: Namespace, device: torch.device) -> tuple[TokenTeacher, TestTime
         APM(APMConfig.tta(width, pooling=args.pooling)),
         iterations=args.iterations,
         learning_rate=args.learning_rate,
+        locations=args.locations,
+        location_seed=args.seed,
         dtype=args.dtype,
         device=device,
     )

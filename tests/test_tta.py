@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import TINY, make_model
@@ -5,7 +7,7 @@ from reference import grid_encoding
 from torch import nn
 
 from apm import APM, APMConfig
-from apm.tta import TestTimeTrainer
+from apm.tta import TestTimeTrainer, _Recycling
 
 STUDENT = APMConfig(**TINY | {"pooling": "attention", "pool_heads": 2})
 
@@ -99,29 +101,42 @@ def test_reset_forgets_everything(image_and_target, monkeypatch):
     assert trainer.adapt(*image_and_target).losses != first.losses
 
 
-def test_reset_draws_every_parameter():
-    config = APMConfig(**TINY | {"trunk_widths": (256, 64), "pooling": "mean"})
-    trainer = TestTimeTrainer(APM(config))
+def test_reset_draws_what_a_step_trains_and_nothing_else(image_and_target):
+    """Parameters without a gradient keep their values, and Adam keeps nothing of them."""
+    image, target = (tensor[None] for tensor in image_and_target)
+    changes = {"trunk_widths": (256, 64), "pooling": "attention", "pool_heads": 2, "local_width": 8}
+    trainer = TestTimeTrainer(APM(APMConfig(**TINY | changes)))
     for seed in (3, 4):
+        before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
         trainer.reset(seed)
-        drawn = torch.cat([parameter.flatten() for parameter in trainer.model.parameters()])
+        weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        changed = {name for name, value in before.items() if not torch.equal(value, weights[name])}
+        drawn = torch.cat([weights[name].flatten() for name in changed])
         assert drawn.std().item() == pytest.approx(0.01, rel=0.03)
         assert drawn.mean().item() == pytest.approx(0, abs=3e-4)
         assert (drawn != 0).all()
+        trainer.step(image, target)
+        parameters = dict(trainer.model.named_parameters())
+        assert changed == {name for name, one in parameters.items() if one.grad is not None}
+        kept = {id(one) for one in trainer.optimizer.state}
+        assert kept == {id(parameters[name]) for name in changed}
+        assert {name.split(".")[0] for name in parameters.keys() - changed} == {
+            *("rgb_first", "rgb_head"),
+            *("pooling", "trunk_first"),  # the unused norm, the stand-in of local patches
+        }
 
 
 def test_outputs_are_those_of_the_trained_student(image_and_target):
     image, target = image_and_target
     trainer = TestTimeTrainer(APM(STUDENT), iterations=4, learning_rate=1e-2)
-    result = trainer.adapt(image, target, features_at=(0, 2))
+    result = trainer.adapt(image, target, features_at=(0, 2), pooled_at=range(5))
     with torch.inference_mode():
         features, _ = trainer.model(image[None])
         torch.testing.assert_close(result.features, features[0], atol=1e-6, rtol=1e-5)
         pooled = trainer.model.pool(features)[0]
     torch.testing.assert_close(result.pooled, pooled, atol=1e-6, rtol=1e-5)
-    assert result.pooled_at.shape == (5, 16)
-    assert torch.equal(result.pooled_at[-1], result.pooled)
-    losses = (result.pooled_at - target).square().mean(dim=1)
+    assert list(result.pooled_at) == list(range(5)) and result.pooled_at[0].shape == (16,)
+    losses = (torch.stack([*result.pooled_at.values()]) - target).square().mean(dim=1)
     torch.testing.assert_close(losses[:4], torch.tensor(result.losses))
     assert set(result.features_at) == {0, 2, 4}
     trainer.reset(0)
@@ -135,7 +150,8 @@ def test_what_cannot_be_is_refused_before_the_work(image_and_target):
     before = trainer.model.feature_head.weight.clone()
     for arguments, message in (
         ((image, target[:1]), "targets have shape"),
-        ((image, target, (3,)), "there are 2 iterations"),
+        ((image, target, (3,)), r"after \[3\] steps: there are 2 iterations"),
+        ((image, target, (), print, (1, 3)), r"after \[1, 3\] steps: there are 2 iterations"),
     ):
         with pytest.raises(ValueError, match=message):
             trainer.adapt(*arguments)
@@ -143,16 +159,19 @@ def test_what_cannot_be_is_refused_before_the_work(image_and_target):
 
 
 @pytest.mark.parametrize("pooling", ["attention", "mean"])
-@pytest.mark.parametrize("local_width", [0, 8])
-def test_many_students_are_as_many_single_runs(pooling, local_width, monkeypatch):
+@pytest.mark.parametrize(("local_width", "locations"), [(0, None), (8, None), (8, 5)])
+def test_many_students_are_as_many_single_runs(pooling, local_width, locations, monkeypatch):
     monkeypatch.setattr("apm.tta.DECAY_EVERY", 8)
     changes = {"pooling": pooling, "pool_heads": 2, "local_width": local_width}
-    trainer = TestTimeTrainer(APM(APMConfig(**TINY | changes)), iterations=20, learning_rate=1e-3)
-    images, targets = torch.rand(8, 3, 56, 56), torch.randn(8, 16)
-    together = trainer.adapt_many(images, targets, seeds=range(8))
+    trainer = TestTimeTrainer(
+        APM(APMConfig(**TINY | changes)), iterations=20, learning_rate=1e-3, locations=locations
+    )
+    images, targets, report_at = torch.rand(8, 3, 56, 56), torch.randn(8, 16), (0, 7, 20)
+    together = trainer.adapt_many(images, targets, range(8), report_at)
     for seed, many in enumerate(together):
         trainer.reset(seed)
-        single = trainer.adapt(images[seed], targets[seed])
+        single = trainer.adapt(images[seed], targets[seed], pooled_at=report_at)
+        assert tuple(many.pooled_at) == report_at
         torch.testing.assert_close(many.pooled_at, single.pooled_at, atol=1e-5, rtol=0)
         torch.testing.assert_close(
             torch.tensor(many.losses), torch.tensor(single.losses), atol=1e-5, rtol=0
@@ -182,8 +201,86 @@ def test_a_perfect_student_fits_its_target(image_and_target, monkeypatch):
     assert losses[-1] < 1e-6 * losses[0]
 
 
+def test_a_step_of_few_locations_is_the_plain_step_on_them(image_and_target, monkeypatch):
+    """Gradients through the few alone; what is reported is the answer of all."""
+    image, target = image_and_target
+    trainer = TestTimeTrainer(APM(STUDENT), iterations=3, learning_rate=1e-2, locations=5)
+    plain = APM(STUDENT)
+    plain.load_state_dict(trainer.model.state_dict())
+    optimizer, losses = torch.optim.Adam(plain.parameters(), lr=1e-2), []
+    asked = []
+    positions = trainer._positions
+    monkeypatch.setattr(
+        trainer, "_positions", lambda step: asked.append(positions(step)) or asked[-1]
+    )
+    result = trainer.adapt(image, target, pooled_at=(1,))
+    for step, few in enumerate(asked):
+        assert len(few.unique(dim=0)) == 5 and few.min() >= 0 and few.max() <= 3
+        features, _ = plain.query(plain.encode(image[None]), few)
+        loss = nn.functional.mse_loss(plain.pool(features, few)[0], target)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step == 0:
+            whole = plain.pool(plain(image[None])[0])[0]
+            torch.testing.assert_close(result.pooled_at[1], whole, rtol=1e-4, atol=1e-5)
+    assert len(asked) == 3
+    torch.testing.assert_close(torch.tensor(result.losses), torch.tensor(losses), rtol=1e-4, atol=0)
+    whole = plain.pool(plain(image[None])[0])[0]
+    torch.testing.assert_close(result.pooled, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_large_results_take_the_memory_of_former_gradients():
+    former = [torch.zeros(3, 4), torch.zeros(5, 2)]
+    places = [block.data_ptr() for block in former]
+    left, right, halves = torch.randn(3, 6), torch.randn(6, 4), torch.randn(2, 5, 1)
+    expected = left @ right, torch.cat([*halves], dim=1), left.double() @ right.double()
+    with _Recycling(former):
+        found = left.double() @ right.double(), left @ right, left @ right, torch.cat([*halves], 1)
+    torch.testing.assert_close(found, (expected[2], expected[0], expected[0], expected[1]))
+    used = [result.data_ptr() for result in found]
+    assert used[1] == places[0] and used[3] == places[1]
+    assert used[0] not in places and used[2] not in places  # another dtype; taken already
+
+
+def test_recycled_memory_changes_no_bit_of_a_step(image_and_target, monkeypatch):
+    image, target = (tensor[None] for tensor in image_and_target)
+
+    def weights_after_three_steps():
+        trainer = TestTimeTrainer(APM(STUDENT), learning_rate=1e-2, locations=7)
+        for _ in range(3):
+            trainer.step(image, target)
+        return [*trainer._trained().values()]
+
+    recycled = weights_after_three_steps()
+    monkeypatch.setattr("apm.tta._Recycling", lambda former: nullcontext())
+    for one, other in zip(recycled, weights_after_three_steps(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_locations_are_a_function_of_seed_and_step():
+    def chosen(**changes):
+        trainer = TestTimeTrainer(APM(STUDENT), **{"locations": 6} | changes)
+        return [trainer._positions(step).tolist() for step in range(4)]
+
+    assert chosen() == chosen()
+    assert chosen() != chosen(location_seed=1)
+    assert len({str(step) for step in chosen()}) == 4
+
+
+def test_all_locations_are_the_released_step(image_and_target):
+    runs = [
+        TestTimeTrainer(APM(STUDENT), iterations=3, locations=locations).adapt(*image_and_target)
+        for locations in (None, 16, 1000, 15)
+    ]
+    assert runs[0].losses == runs[1].losses == runs[2].losses != runs[3].losses
+
+
 def test_impossible_settings_are_refused():
     with pytest.raises(ValueError, match="pooling None"):
         TestTimeTrainer(APM(APMConfig(**TINY)))
     with pytest.raises(ValueError, match="iterations 0"):
         TestTimeTrainer(APM(STUDENT), iterations=0)
+    with pytest.raises(ValueError, match="locations 0"):
+        TestTimeTrainer(APM(STUDENT), locations=0)

@@ -1,12 +1,21 @@
 """Where and how precisely to compute, how much it costs, and where randomness comes from."""
 
+import json
+import os
 import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
+
+Built = TypeVar("Built")
+MEASURED = "measured"  # marks the work in the profiler's trace
 
 
 def select_device(name: str) -> torch.device:
@@ -49,3 +58,32 @@ def multiply_adds(work: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops() // 2  # torch counts each as two operations
+
+
+def peak_bytes(
+    build: Callable[[], Built], work: Callable[[Built], object], device: torch.device
+) -> tuple[Built, int]:
+    """Build something, work with it: what was built, and the most that tensors held meanwhile.
+
+    On a GPU its allocator tells, of all tensors there are. On a CPU torch's profiler does, of those
+    made since ``build`` began: it totals what it saw allocated and freed.
+    """
+    if device.type == "cuda":
+        built = build()
+        torch.cuda.reset_peak_memory_stats()
+        work(built)
+        return built, torch.cuda.max_memory_allocated()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        built = build()
+        with record_function(MEASURED):
+            work(built)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    start = next(event["ts"] for event in events if event["name"] == MEASURED)
+    memory = [event for event in events if event["name"] == "[memory]"]
+    before = memory[0]["args"]["Total Allocated"] - memory[0]["args"]["Bytes"]
+    totals = [event["args"]["Total Allocated"] for event in memory if event["ts"] >= start]
+    return built, max(totals) - before

@@ -8,15 +8,19 @@ import subprocess
 import sys
 import time
 
+import methods
 import pytest
+import timm
 import torch
 from clip.model import CLIP
 from conftest import ROOT, TINY, help_of, load_script, photograph, refused, save_tiny_clip
 from evaluate_tta import doubtful_names
+from methods import adapt_each
 from safetensors.torch import load_file
 
-from apm import APMConfig
+from apm import APM, APMConfig
 from apm.token_teachers import ClipTeacher
+from apm.tta import TestTimeTrainer
 
 SCRIPT = "single_token_segmentation/evaluate_tta.py"
 
@@ -69,10 +73,100 @@ def rows(folder):
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
+PEERS = ["--method", "apm", "tpt", "zero"]
+
+
+def table(folder, name):
+    with (folder / name).open() as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def test_peers_on_the_same_images(main, small_student, arguments, tmp_path, capsys):
+    """All beside each other; the answers of each are those of its own run, added later or not."""
+    output, alone = tmp_path / "out", tmp_path / "alone"
+    assert main([*arguments, *PEERS]) == 0
+    printed = capsys.readouterr().out
+    methods = {row["name"]: row for row in results(output)["methods"]}
+    assert [*methods] == [
+        *("teacher, single", "teacher, clip80", "TPT", "ZERO"),
+        *("APM, 1 iterations", "APM, 2 iterations"),
+    ]
+    assert all(name in printed for name in methods)
+    assert all(row["GMACs"] > 0 and row["peak_GB"] > 0 for row in methods.values())
+    views = methods["ZERO"]["GMACs"] / methods["teacher, single"]["GMACs"]
+    assert views == pytest.approx(64, rel=0.01)
+    assert methods["TPT"]["GMACs"] > methods["ZERO"]["GMACs"]
+    assert [row["label"] for row in table(output, "tpt.csv")] == [0, 0, 0, 1, 1]
+
+    assert main([*arguments, "--output", str(alone)]) == 0
+    assert results(alone)["methods"][0]["name"] == "teacher, single"
+    assert len(results(alone)["methods"]) == 3
+    assert main([*arguments, *PEERS, "--output", str(alone), "--workers", "1"]) == 0
+    for name in ("rows.csv", "tpt.csv", "zero.csv"):
+        one, other = (
+            [row | {"seconds": 0} for row in table(folder, name)] for folder in (output, alone)
+        )
+        assert one == other
+
+
+def test_peers_that_were_stopped_go_on(main, small_student, arguments, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    assert main([*arguments, *PEERS, "--output", str(tmp_path / "whole")]) == 0
+    vote, seen = methods.zero_vote, []
+
+    def stopping(logits):
+        seen.append(1)
+        if len(seen) == 4:  # the first was to count its cost
+            raise KeyboardInterrupt
+        return vote(logits)
+
+    monkeypatch.setattr(methods, "zero_vote", stopping)
+    assert main([*arguments, *PEERS]) == 130
+    assert len(table(output, "tpt.csv")) == 5 and len(table(output, "zero.csv")) == 2
+    assert not (output / "results.json").exists()
+    assert main([*arguments, *PEERS]) == 0
+    assert len(seen) == 4 + 1 + 3
+    for name in ("teacher_top1", "iterations", "images"):
+        assert results(output)[name] == results(tmp_path / "whole")[name]
+    for one, other in zip(
+        results(output)["methods"], results(tmp_path / "whole")["methods"], strict=True
+    ):
+        assert one["top1"] == other["top1"] and one["agreement"] == other["agreement"]
+
+
+def test_peers_without_students(main, small_student, arguments, tmp_path, capsys):
+    assert main([*arguments, "--method", "zero"]) == 0
+    assert "APM" not in capsys.readouterr().out
+    assert not (tmp_path / "out" / "rows.csv").exists()
+    assert "iterations" not in results(tmp_path / "out")
+
+
+def test_tpt_needs_prompts(main, small_student, arguments, tmp_path, capsys, monkeypatch):
+    """A classifier has none, but views to vote with."""
+    create = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda *args, **more: create(*args, **more | {"pretrained": False})
+    )
+    (tmp_path / "set" / "cat").rename(tmp_path / "set" / "tabby")
+    (tmp_path / "set" / "dog").rename(tmp_path / "set" / "goldfish")
+    weights = tmp_path / "weights.pth"
+    torch.save(create("test_vit", num_classes=1000).state_dict(), weights)
+    arguments = [*arguments, "--teacher", "test_vit", "--teacher-weights", str(weights)]
+    assert main([*arguments, "--method", "apm", "tpt"]) == 2
+    said = capsys.readouterr().err
+    assert "--method tpt: 'test_vit' has no prompts to tune; give a CLIP" in said
+    assert said.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert main([*arguments, "--method", "zero"]) == 0
+    assert [row["name"] for row in results(tmp_path / "out")["methods"]] == [
+        "teacher, single",
+        "ZERO",
+    ]
+
+
 IN_ITS_OWN_PROCESS = f"""
 import sys
 import torch
-from apm import APMConfig
+from apm import APM, APMConfig
 from evaluate_tta import main
 torch.set_num_threads(2)
 small = {TINY!r}
@@ -129,6 +223,7 @@ def test_rows_of_other_settings_are_refused(
         ("--templates", "clip80", "templates"),
         ("--dtype", "bfloat16", "dtype"),
         ("--learning-rate", "1e-3", "learning_rate"),
+        ("--locations", "3", "locations"),
         ("--teacher", str(other_clip), "teacher"),
     ):
         capsys.readouterr()
@@ -180,8 +275,8 @@ def test_embeddings_are_kept_and_only_the_missing_ones_are_made(
     )
 
     def embedded():
-        """Images that the teacher has seen, but for the one that tells its width."""
-        count = sum(seen) - 1
+        """Images that the teacher has seen, but for those that tell its width and its cost."""
+        count = sum(seen) - 1 - (methods.REPEATS + 1)
         seen.clear()
         return count
 
@@ -223,17 +318,31 @@ def test_images_that_cannot_be_read(main, small_student, arguments, test_set, tm
     assert not (tmp_path / "none" / "results.json").exists()
 
 
-def test_parallel_students_and_workers_give_the_same_rows(
-    main, small_student, arguments, test_set, tmp_path
-):
+def test_workers_give_the_same_rows(main, small_student, arguments, test_set, tmp_path, caplog):
+    """So does --parallel, which a CPU does not follow, and says so."""
     (test_set / "cat" / "bad.png").write_text("no image")
     tables = []
     for number, more in enumerate(([], ["--parallel", "4"], ["--workers", "2"])):
-        assert main([*arguments, *more, "--output", str(tmp_path / str(number))]) == 0
+        assert (
+            main([*arguments, *more, "--device", "cpu", "--output", str(tmp_path / str(number))])
+            == 0
+        )
         tables.append([row | {"seconds": 0} for row in rows(tmp_path / str(number))])
-    assert tables[0] == tables[2]
-    for one, other in zip(tables[0], tables[1], strict=True):
-        assert one == pytest.approx(other, rel=1e-3)
+        said = "--parallel 4: on a CPU students are faster one by one" in caplog.text
+        assert said == (number > 0)
+    assert tables[0] == tables[1] == tables[2]
+
+
+def test_students_trained_at_once_are_those_trained_one_by_one():
+    trainer = TestTimeTrainer(
+        APM(APMConfig(**TINY | {"pooling": "mean"})), iterations=3, learning_rate=1e-2, locations=5
+    )
+    images, targets = torch.rand(3, 3, 56, 56), torch.randn(3, 16)
+    together = adapt_each(trainer, images, targets, [4, 5, 6], (1, 3))
+    for k, many in enumerate(together):
+        [one] = adapt_each(trainer, images[k : k + 1], targets[k : k + 1], [4 + k], (1, 3))
+        assert one.pooled_at.keys() == many.pooled_at.keys() == {1, 3}
+        torch.testing.assert_close(many.pooled_at, one.pooled_at, atol=1e-5, rtol=0)
 
 
 def test_the_set_is_described_and_useless_names_are_pointed_out(
@@ -263,7 +372,12 @@ def test_flags(main, arguments, capsys):
     assert "steps for each image (default: 50)" in printed
     for more in (["--input", "a.png"], ["--classes", "cat"], ["--every", "1"]):
         assert refused(main, [*arguments, *more])
-    for more in (["--report-at", "0"], ["--report-at", "a"], ["--parallel", "0"]):
+    for more in (
+        ["--report-at", "0"],
+        ["--report-at", "a"],
+        ["--parallel", "0"],
+        ["--locations", "0"],
+    ):
         assert refused(main, [*arguments, *more])
         assert f"argument {more[0]}" in capsys.readouterr().err
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -15,6 +16,8 @@ from apm import APMConfig
 from apm.config import TrainConfig
 from apm.distill import Distiller
 from apm.losses import rgb_targets
+from apm.runtime.device import multiply_adds
+from apm.tta import TestTimeTrainer
 
 FOLDER = ROOT / "flop_analysis"
 SIDE, TOKENS, VOCABULARY = 224, 77, 49408
@@ -302,9 +305,9 @@ def test_peak_is_that_of_the_work(memory):
         model(torch.zeros(1000, 1000))  # more than the work holds, but before it
         return memory.workloads.forward(model, inputs)
 
-    _, tensors, process = memory.peak_on_cpu(build)
-    assert tensors == 4 * (500 * 1000 + 250 * 1000 + 250 * 500)
-    assert process > tensors
+    row = memory.measure(build, torch.device("cpu"))
+    assert row["peak"] == pytest.approx(4 * (500 * 1000 + 250 * 1000 + 250 * 500) / 1e9)
+    assert row["process"] > row["peak"]
 
 
 def test_chunks_bound_inference(memory):
@@ -354,6 +357,46 @@ def test_the_released_training_step_is_ours():
         torch.testing.assert_close(other.state_dict()[name], weights, atol=1e-5, rtol=0, msg=name)
 
 
+def test_the_released_step_of_test_time_training_is_ours(monkeypatch):
+    released = importlib.import_module("released")
+    changes = {"pooling": "attention", "pool_heads": 2}
+    trainer, other = TestTimeTrainer(make_model(**changes)), make_model(**changes)
+    with torch.no_grad():  # weights that matter, the same in both
+        for one, parameter in zip(trainer.model.parameters(), other.parameters(), strict=True):
+            one.copy_(parameter.normal_(0, 0.1))
+    sizes = []
+    paint = released.rgb_head(other)
+    monkeypatch.setattr(
+        released, "rgb_head", lambda _: lambda *parts: sizes.append(len(parts[0])) or paint(*parts)
+    )
+    image, target = torch.rand(1, 3, 56, 56), torch.randn(1, 16)
+    before = other.feature_head.weight.clone()
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    trainer.optimizer = torch.optim.SGD([{"params": trainer.model.parameters(), "steps_done": 0}])
+    trainer.learning_rate = 0.1
+    for _ in range(2):
+        released.tta_step(other, image, target, optimizer)
+        trainer.step(image, target)
+    assert sizes == [16] * (2 * 8 * 16 // 16)  # of 8 copies of a grid of 16, twice
+    assert (other.feature_head.weight - before).abs().max() > 1e-3
+    for name, weights in trainer.model.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], weights, atol=1e-5, rtol=0, msg=name)
+
+
+def test_what_the_released_step_multiplies(monkeypatch):
+    released = importlib.import_module("released")
+    monkeypatch.setattr(released, "TTA_CHUNK", 5)  # copies and locations are one list
+    model = make_model(pooling="attention", pool_heads=2)
+    image, target = torch.rand(1, 3, 56, 56), torch.randn(1, 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trunk, rgb = mlp((16 + 32, 32, 24, 16)), mlp((16 + 16 + 32, 16, 3))
+    conv, pool = 16 * 3 * 14**2, 2 * 16**2 * (1 + 16) + 2 * 16 * 16
+    forward = 8 * (conv + 16 * trunk + pool)
+    expected = 3 * forward - 8 * conv + 8 * 16 * rgb  # no gradient for the image, none of colours
+    step = partial(released.tta_step, model, image, target, optimizer)
+    assert multiply_adds(step) == expected
+
+
 @pytest.fixture
 def small_benchmark(monkeypatch):
     """The benchmark with a small COCO model and no matrix product to compare with."""
@@ -366,7 +409,7 @@ def small_benchmark(monkeypatch):
 
 def test_training_is_timed_with_its_data(small_benchmark, monkeypatch, tmp_path, capsys):
     benchmark = small_benchmark
-    for part in ("inference", "test_time_training", "islands", "peers"):
+    for part in ("inference", "test_time_training", "one_image", "islands", "peers"):
         monkeypatch.setattr(benchmark, part, lambda device: ())
     assert benchmark.main(["--output", str(tmp_path), "--device", "cpu", "--repeats", "1"]) == 0
     results = json.loads((tmp_path / "results.json").read_text())

@@ -109,3 +109,9 @@ def test_bad_input_is_one_line_and_status_2(main, command, tmp_path, capsys):
         printed = capsys.readouterr().err
         assert message in printed and printed.count("\n") == 1
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("locations", ["0", "1025", "most"])
+def test_locations_are_some_of_the_grid_or_all(main, command, capsys, locations):
+    assert refused(main, [*command, "--locations", locations])
+    assert "argument --locations" in capsys.readouterr().err

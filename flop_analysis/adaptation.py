@@ -1,0 +1,96 @@
+"""Test-time training and what it is compared with, to be timed; random weights."""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import released
+import torch
+import workloads
+from released import LOCATIONS
+from timing import Work
+from torch import Tensor
+from torch.optim import Adam
+
+from apm.config import APMConfig
+from apm.peers import VIEWS
+from apm.runtime.device import multiply_adds
+from apm.tta import TestTimeTrainer
+
+DTYPES = ("float32", "bfloat16")
+MANY_CLASSES = 200
+AGAINST = f"TPT step, {VIEWS} views"
+FEW = f"CLIP + TTT, {workloads.ITERATIONS} iterations, {workloads.LOCATIONS} locations"
+
+
+def mlp_macs(config: APMConfig, *, first: bool = False, head: bool = True) -> int:
+    """Multiply-adds of the shared MLP on the grid, with or without first layer and head."""
+    widths = [config.column_dim + config.position_dim, *config.trunk_widths, config.feature_dim]
+    layers = [a * b for a, b in pairwise(widths)]
+    return LOCATIONS * sum(layers[0 if first else 1 : None if head else -1])
+
+
+def rgb_macs(config: APMConfig) -> int:
+    """Multiply-adds of the released RGB head's forward pass on the grid."""
+    query = config.feature_dim + config.column_dim + config.position_dim
+    return LOCATIONS * sum(a * b for a, b in pairwise((query, *config.rgb_widths, 3)))
+
+
+def test_time_training(device: torch.device) -> Iterator[Work]:
+    """One step of the full student; then whole images, one by one and eight at once."""
+    model = TestTimeTrainer(device=device).model
+    image = torch.rand(1, 3, 448, 448, device=device)
+    target = torch.randn(1, model.config.feature_dim, device=device)
+    step = partial(released.tta_step, model, image, target, Adam(model.parameters(), lr=1e-4))
+    macs = released.COPIES * (3 * mlp_macs(model.config, first=True) + rgb_macs(model.config))
+    yield Work("TTT step, released", macs, step, once=True)
+    macs = 3 * mlp_macs(model.config, head=False)  # the head is applied after pooling
+    for dtype in DTYPES:
+        with device:
+            run = workloads.trainer_step(dtype).run
+        yield Work("TTT step, ours", macs, run, dtype)
+
+    def adapt(trainer: TestTimeTrainer, images: Tensor, targets: Tensor) -> object:
+        if len(images) > 1:
+            return trainer.adapt_many(images, targets, range(len(images)))
+        trainer.reset(0)
+        return trainer.adapt(images[0], targets[0])
+
+    for iterations, count in ((20, 1), (2, 1), (2, 8)):
+        trainer = TestTimeTrainer(iterations=iterations, device=device)
+        images, targets = torch.rand(count, 3, 448, 448), torch.randn(count, target.shape[1])
+        name = f"TTT, {iterations} iterations, {count} image{'s at once' * (count > 1)}"
+        run = partial(adapt, trainer, images, targets)
+        yield Work(name, count * iterations * macs, run, images=count, once=True)
+
+
+def peers(device: torch.device) -> Iterator[Work]:
+    """What the paper compares with, random weights."""
+    with device:
+        clip, tpt = workloads.clip_forward().run, workloads.tpt_step().run
+    yield Work("CLIP ViT-B/16, image + prompt", multiply_adds(clip), clip)
+    yield Work(f"{AGAINST}, {workloads.CLASSES} classes", multiply_adds(tpt), tpt, once=True)
+    with device:
+        tpt = workloads.tpt_step(MANY_CLASSES).run
+    yield Work(f"{AGAINST}, {MANY_CLASSES} classes", multiply_adds(tpt), tpt, once=True)
+
+
+def one_image(device: torch.device) -> Iterator[Work]:
+    """Test-time training of one image from a few locations, the teacher's forward pass included."""
+    with device:
+        teacher, student = workloads.clip_forward().run, workloads.student_iterations()
+
+    def run() -> None:
+        teacher()
+        student()
+
+    yield Work(FEW, multiply_adds(run), run)
+
+
+def times_faster(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """How many times longer than test-time training of an image each of TPT's steps took."""
+    seconds = {row["name"]: row["seconds"] for row in rows}
+    own = seconds.get(f"{FEW}, float32")
+    steps = [name for name in seconds if own and name.startswith(AGAINST)]
+    return {name: seconds[name] / own for name in steps if own}

@@ -1,0 +1,133 @@
+"""What a location knows: students' accuracy by the number of locations a step and by their query.
+
+Each row trains a student for each image as evaluate_tta.py does, on ``M`` random locations a step,
+with the whole query ``[T ; p_xy]``, without its position, or without its trigger column. A run that
+was stopped goes on when it is given again.
+"""
+
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from evaluation import embed_set, image_row, print_methods, row_columns, score
+from tta_setup import build, location_count, make_tta_parser
+
+from apm import APM
+from apm.data.class_names import load_templates
+from apm.data.images import Skipped
+from apm.data.test_sets import load_dataset, read_batches, spread
+from apm.runtime.cli import OUTPUTS, ROOT, Results, command
+from apm.runtime.device import seed_everything, select_device
+from apm.runtime.files import keep_settings, prepare_output
+from apm.runtime.logs import RowLog
+from apm.tta import TestTimeTrainer
+
+ARMS = ("whole", "no-position", "no-column")
+
+
+def location_counts(text: str) -> tuple[int, ...]:
+    """An argparse type: numbers of locations, by commas."""
+    return tuple(location_count(part) for part in text.split(","))
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """The script's flags."""
+    parser = make_tta_parser(
+        __doc__, "--limit", "--workers", output=OUTPUTS / "location_table", iterations=20
+    )
+    add = parser.add_argument
+    add("--data-root", type=Path, default=ROOT / "data", help="folder with a folder a class")
+    add("--counts", type=location_counts, default="1,4,16,64,256,1024", help="of locations a step")
+    add("--arms", nargs="+", choices=ARMS, default=ARMS, help="what a query holds")
+    parser.set_defaults(locations="all")
+    return parser.parse_args(argv)
+
+
+def zero_arm(model: APM, arm: str) -> None:
+    """Let the first layer see zeros in the place of the positions or of the trigger column."""
+    first = model.trunk_first
+    if arm == "no-position":
+        nothing = torch.zeros(first.column.out_features, device=model.device)
+        model.trunk_first.position_term = lambda positions: nothing.expand(len(positions), -1)  # type: ignore[method-assign]
+    elif arm == "no-column":
+        first.column.register_forward_pre_hook(lambda _, inputs: (torch.zeros_like(inputs[0]),))
+
+
+def name_of(count: int, arm: str) -> str:
+    """A row's name in the table and of its file."""
+    return f"{arm}-{count}"
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    device = select_device(args.device)
+    templates = load_templates(args.templates)
+    data = load_dataset("imagefolder", args.data_root)
+    results = Results(args, device)
+    seed_everything(args.seed)
+    teacher, trainer = build(args, device)
+    classes = teacher.embed_classes(data.class_names, templates).cpu()
+    output = prepare_output(args.output)
+    same = ("iterations", "pooling", "learning_rate", "seed", "dtype")
+    settings = {name: getattr(args, name) for name in same} | teacher.identity
+    settings |= {"files_sha256": data.files_sha256, "templates": templates}
+    keep_settings(output / "settings.json", settings)
+    chosen, skipped = spread(len(data), args.limit), Skipped()
+    path = output / "embeddings.safetensors"
+    targets = embed_set(teacher, data, chosen, path, skipped, args.workers)
+
+    def adapt(arm: str, count: int, indices: Iterable[int]) -> RowLog:
+        log = RowLog(output / f"{name_of(count, arm)}.csv", row_columns([args.iterations]))
+        student = TestTimeTrainer(
+            APM(trainer.model.config),
+            iterations=args.iterations,
+            learning_rate=args.learning_rate,
+            locations=count,
+            location_seed=args.seed,
+            dtype=args.dtype,
+            device=device,
+        )
+        zero_arm(student.model, arm)
+        todo = [index for index in indices if index not in log.done]
+        prepare = student.model.preprocessing
+        for [index], [image], [label] in read_batches(
+            data, prepare, todo, 1, skipped, args.workers, title=name_of(count, arm)
+        ):
+            started = time.perf_counter()
+            student.reset(args.seed + index)
+            adapted = student.adapt(image, targets[index])
+            seconds = time.perf_counter() - started
+            found = image_row(
+                *(index, int(label), targets[index], adapted, seconds),
+                *(teacher, classes, [args.iterations]),
+            )
+            log.append([found])
+        return log
+
+    rows = []
+    for arm in args.arms:
+        for count in args.counts:
+            log = adapt(arm, count, targets)
+            rows.append(table_row(name_of(count, arm), log, set(chosen), args.iterations))
+            print_methods(rows[-1:])
+    results.save(output, images=len(targets), skipped=len(skipped), rows=rows)
+    print_methods(rows)
+
+
+def table_row(name: str, log: RowLog, asked: set[int], step: int) -> dict:
+    """Accuracy, agreement with the teacher, loss and seconds of the asked images."""
+    rows = [row for row in log.rows if row["index"] in asked]
+    label, student, teacher, loss, seconds = (
+        [row[column] for row in rows]
+        for column in ("label", f"student_{step}", "teacher", f"loss_{step}", "seconds")
+    )
+    means = {"loss": sum(loss) / len(rows), "seconds": sum(seconds) / len(rows)}
+    return score(name, student, label, teacher) | means
+
+
+if __name__ == "__main__":
+    sys.exit(main())
