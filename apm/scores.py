@@ -122,6 +122,7 @@ def upsampled(features: np.ndarray, coarse: Tensor, fine: Tensor) -> dict[str, n
         there = (index[0][:, None], index[1])
         colour = (coarse[there] - fine).square().sum(dim=-1)
         weight = torch.exp(-(rows[:, None] + columns) / 2 - colour / (2 * COLOUR**2))
+        weight += 1e-30  # where no place is alike, all count
         weight = (weight * (inside[0][:, None] & inside[1]))[..., None]
         total += weight * torch.from_numpy(features)[there]
         weights += weight
