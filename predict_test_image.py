@@ -67,9 +67,9 @@ def animate(
     for places, (answers, rgb) in zip(parts, answer_in_turn(model, view, grid, parts), strict=True):
         features[places] = answers
         shown[:, places] = rgb, palette(answers)
-        pictures = (view.picture, *shown.reshape(2, grid, grid, 3))
+        pictures = shown.reshape(2, grid, grid, 3)
         frames.append(np.hstack([enlarge(picture, shape) for picture in pictures]))
-    save_gif(path, frames)
+    save_gif(path, frames, back=False)
     return features.reshape(grid, grid, -1)
 
 

