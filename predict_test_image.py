@@ -9,9 +9,7 @@ each picture, how its percept comes into being, place by place in any --order; o
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +52,10 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def animate(
-    path: Path, model: APM, image: Image.Image, palette: Palette, args: Namespace
+    path: Path, model: APM, image: Image.Image, palette: Palette, grid: int, args: Namespace
 ) -> np.ndarray:
     """Ask the places in turn, show what is known after each part, and return all the features."""
-    view, grid = view_of(model, image, args.fit), args.grid or model.config.grid_size
+    view = view_of(model, image, args.fit)
     order = visiting_order(grid, args.order, args.seed)
     shape = shape_of(view.picture, TILE)
     parts = torch.from_numpy(order).tensor_split(FRAMES)
@@ -73,12 +71,6 @@ def animate(
     return features.reshape(grid, grid, -1)
 
 
-def colour_changes(pictures: Sequence[np.ndarray]) -> list[float]:
-    """Mean absolute change of colour between neighbours of one shape, in [0, 1]."""
-    pairs = pairwise(pictures)
-    return [float(np.abs(a - b).mean()) for a, b in pairs if a.shape == b.shape]
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
@@ -92,25 +84,27 @@ def main(argv: list[str] | None = None) -> None:
     seed_everything(args.seed)
 
     look = partial(perceive, model, fit=args.fit, chunk_size=args.chunk_size, dtype=args.dtype)
-    few = min(args.grid or 448, model.config.grid_size)  # t-SNE of many places would take minutes
+    grid = args.grid or model.config.grid_size
+    few = min(grid, model.config.grid_size)  # t-SNE of many places would take minutes
     palette = None
     if args.joint:
         images = (image for _, image in load_images(paths, Skipped()))
         grids = (look(image, grid=few, consensus=args.consensus).features for image in images)
         landmarks = sample_landmarks(grids, len(paths), args.seed)
         palette = Palette(landmarks, args.method, args.seed)
-    said = vars(args) | {"grid": args.grid or model.config.grid_size}
-    page = Page(output, "Islands of agreement", said, joint=args.joint)
+    page = Page(output, "Islands of agreement", vars(args) | {"grid": grid}, joint=args.joint)
     rows, skipped = [], Skipped()
-    everything: list[np.ndarray] = []  # all pictures' islands
+    before: np.ndarray | None = None  # the islands of the picture before
+    changes: list[float] = []  # mean absolute change of colour from picture to picture
+    frames: list[np.ndarray] = []  # all pictures' islands, if they become an animation
     for name, image in load_images(paths, skipped):
         started = time.perf_counter()
-        percept = look(image, grid=args.grid, consensus=args.consensus)
+        percept = look(image, grid=grid, consensus=args.consensus)
         seconds = time.perf_counter() - started
         row: dict[str, Any] = {"image": str(paths[name]), "query_seconds": seconds}
         if not args.joint:
             own = percept
-            if args.method == "tsne":
+            if args.method == "tsne" and grid > few:
                 own = look(image, grid=few, consensus=args.consensus)
             palette = Palette(own.features, args.method, args.seed)
         assert palette is not None
@@ -118,16 +112,21 @@ def main(argv: list[str] | None = None) -> None:
         figure = output / f"{name}_islands.png"
         row |= save_islands(figure, percept, islands, arrays=args.save_features)
         if args.gif:
-            features = animate(output / f"{name}_{args.order}.gif", model, image, palette, args)
-            at_once = look(image, grid=args.grid).features
+            features = animate(
+                output / f"{name}_{args.order}.gif", model, image, palette, grid, args
+            )
+            at_once = (look(image, grid=grid) if args.consensus else percept).features
             row["difference_to_all_at_once"] = float(np.abs(features - at_once).max())
         page.add_percept(name, image.size, percept, islands)
-        everything.append(islands)
+        if before is not None:
+            changes.append(float(np.abs(islands - before).mean()))
+        before = islands
+        if args.gif and args.joint:
+            frames.append(islands)
         rows.append(row)
-    changes = colour_changes(everything)
-    if args.gif and args.joint and len(changes) == len(rows) - 1 > 0:
+    if len(frames) > 1:
         shape = shape_of(percept.picture, TILE)
-        save_gif(output / "islands.gif", [enlarge(islands, shape) for islands in everything])
+        save_gif(output / "islands.gif", [enlarge(islands, shape) for islands in frames])
     errors = page.save()
     results.save(
         output, images=rows, skipped=skipped, colour_changes=changes, page_cosine_error=errors

@@ -85,13 +85,14 @@ def build_teacher(args: Namespace, model: APM, device: torch.device) -> DenseTea
 
 
 def panels_of(
-    percept: Percept, teacher: np.ndarray | None, colours: Sequence[Colours]
+    percept: Percept, features: np.ndarray, colours: Sequence[Colours]
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """One picture's panels, and its mean error where there are teacher's features ``(h, w, F)``."""
-    shown = percept_panels(percept, colours[0](percept.features))
-    if teacher is None:
+    """One picture's panels, and its mean error where there is a teacher: ``(S, h, w, F)``."""
+    shown = percept_panels(percept, colours[0](features[0]))
+    if len(features) == 1:
         return shown, {}
-    error = 1 - (directions(percept.features) * directions(teacher)).sum(axis=-1)
+    student, teacher = features
+    error = 1 - (directions(student) * directions(teacher)).sum(axis=-1)
     shown |= {"teacher": colours[1](teacher), "error": colormaps["magma"](error / 2)[..., :3]}
     return shown, {"error": float(error.mean())}
 
@@ -128,11 +129,10 @@ def main(argv: list[str] | None = None) -> None:
     own = model.config.grid_size
     grid = args.grid or own
     few = min(grid, own)  # t-SNE of many places would take minutes
-    landmark_grid = few if args.method == "tsne" or args.joint else grid
     joint: list[Colours] = []
     if args.joint and not args.score:
         images = (image for _, image in load_images(paths, Skipped()))
-        grids = (look.both(image, few, consensus=args.consensus) for image in images)
+        grids = (look.both(image, few, args.consensus)[1] for image in images)
         joint = palettes(sample_landmarks(grids, len(paths), args.seed), args.method, args.seed)
     title, said = "Islands of agreement", vars(args) | {"grid": grid}
     page = None if args.score else Page(output, title, said, joint=args.joint)
@@ -152,17 +152,17 @@ def main(argv: list[str] | None = None) -> None:
             if grid % own == 0 and grid > 2 * own:
                 repeats.append(checkerboard(percept.features, grid // own))
         else:
-            percept = look.student(image, grid, consensus=args.consensus)
-            both = look.both(image, landmark_grid, consensus=args.consensus)
-            colours = joint or palettes(both, args.method, args.seed)
-            teacher = look.tokens(image, grid)
-            shown, errors = panels_of(percept, teacher, colours)
+            percept, features = look.both(image, grid, args.consensus)
+            if not (colours := joint):
+                landmarks = features
+                if args.method == "tsne" and grid > few:
+                    _, landmarks = look.both(image, few, args.consensus)
+                colours = palettes(landmarks, args.method, args.seed)
+            shown, errors = panels_of(percept, features, colours)
             save_picture(output / f"{name}.png", figure(percept, shown))
-            features = {"student": percept.features}
-            if teacher is not None:
-                features["teacher"] = teacher
             caption = size_caption(image.size, percept.left_out)
-            page.add(name, shown, features, caption, errors)
+            models = dict(zip(("student", "teacher"), features, strict=False))
+            page.add(name, shown, models, caption, errors)
         crops[name] = percept.left_out
     scores = mean_scores(scored)
     if args.score and not scores:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from apm.islands import Palette
+from apm.islands import Palette, palette_chain
 from apm.layers import bilinear
 from apm.model import APM
 from apm.predictor import Percept, mean_colours, perceive
@@ -48,11 +48,11 @@ class Look:
         tokens = bilinear(tokens, positions, self.model.config.grid_size)
         return tokens.view(grid, grid, -1).cpu().numpy()
 
-    def both(self, image: Image.Image, grid: int, **more: Any) -> np.ndarray:
-        """Features of the student and, where there is one, of the teacher: ``(S, h, w, F)``."""
-        student = self.student(image, grid, **more).features
-        tokens = self.tokens(image, grid)
-        return np.stack([student] if tokens is None else [student, tokens])
+    def both(self, image: Image.Image, grid: int, consensus: int) -> tuple[Percept, np.ndarray]:
+        """The percept, and features of the student and of a teacher, if any: ``(S, h, w, F)``."""
+        percept, tokens = self.student(image, grid, consensus=consensus), self.tokens(image, grid)
+        found = [percept.features] if tokens is None else [percept.features, tokens]
+        return percept, np.stack(found)
 
 
 def palettes(landmarks: np.ndarray, method: str, seed: int) -> list[Colours]:
@@ -63,10 +63,7 @@ def palettes(landmarks: np.ndarray, method: str, seed: int) -> list[Colours]:
     if len(landmarks) == 1:
         return [Palette(landmarks, method, seed)]
     if method == "tsne":
-        found: list[Palette] = []
-        for points in landmarks:
-            found.append(Palette(points, seed=seed, start=found[-1] if found else None))
-        return list(found)
+        return [*palette_chain(landmarks, 3, seed)]
     means = [points.reshape(-1, points.shape[-1]).mean(axis=0) for points in landmarks]
     pairs = zip(landmarks, means, strict=True)
     shared = Palette(np.stack([directions(points, mean) for points, mean in pairs]), method, seed)
@@ -94,13 +91,15 @@ def score(
         UnreadableImage: if the mask cannot be read.
     """
     model, own = look.model, look.model.config.grid_size
-    percept, few = look.student(image, grid), look.student(image, own)
+    percept = few = look.student(image, grid)
+    tokens = few_tokens = look.tokens(image, grid, max(1, grid // own))
+    if grid != own:
+        few, few_tokens = look.student(image, own), look.tokens(image, own)
     labels = mask_labels(mask, replace(model.preprocessing, fit=look.fit), grid)
     colours, few_colours = (mean_colours(percept.picture, side) for side in (grid, own))
     features = ways_to("student", percept.features, colours, consensus, few.features, few_colours)
     if model.config.local_width:
         features["column alone"] = look.student(image, grid, local=False).features
-    tokens, few_tokens = look.tokens(image, grid, max(1, grid // own)), look.tokens(image, own)
     if tokens is not None and few_tokens is not None:
         features |= ways_to("teacher", tokens, colours, consensus, few_tokens, few_colours)
     features["colour"] = colours.numpy()

@@ -83,12 +83,17 @@ def island_series(features: np.ndarray, channels: int = 3, seed: int = 0) -> np.
     ``(S, h, w, F)`` float -> ``(S, h, w, 3)`` float32 RGB in [0, 1]. One channel gives the greys of
     the paper's Figure 3.
     """
-    palette: Palette | None = None
-    series = []
-    for step in features:
-        palette = Palette(step, "tsne", seed, channels, start=palette)
-        series.append(palette(step))
-    return np.stack(series)
+    chain = palette_chain(features, channels, seed)
+    return np.stack([palette(step) for palette, step in zip(chain, features, strict=True)])
+
+
+def palette_chain(landmarks: Iterable[np.ndarray], channels: int, seed: int) -> list[Palette]:
+    """A t-SNE palette for each set of landmarks, each embedding begun at the one before."""
+    chain: list[Palette] = []
+    for points in landmarks:
+        start = chain[-1] if chain else None
+        chain.append(Palette(points, "tsne", seed, channels, start))
+    return chain
 
 
 def sample_landmarks(grids: Iterable[np.ndarray], pictures: int, seed: int = 0) -> np.ndarray:

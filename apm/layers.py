@@ -130,13 +130,12 @@ class LocalPatch(nn.Module):
         side = images.shape[-1] // patch
         points = (positions + 0.5).floor().clamp(0, side - 1)
         moves = ((positions - points) * patch).round().long()
-        moves, group = moves.unique(dim=0, return_inverse=True)
+        moves, group, counts = moves.unique(dim=0, return_inverse=True, return_counts=True)
         order = group.argsort(stable=True)
         points = (points @ points.new_tensor([side, 1])).long()[order]
-        counts = group.bincount(minlength=len(moves)).tolist()
         found = [
             self(move(images, *by)).flatten(2)[..., here]
-            for by, here in zip(moves.tolist(), points.split(counts), strict=True)
+            for by, here in zip(moves.tolist(), points.split(counts.tolist()), strict=True)
         ] or [self(images).flatten(2)[..., :0]]
         return torch.cat(found, dim=-1)[..., order.argsort()].transpose(1, 2)
 

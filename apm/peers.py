@@ -63,11 +63,7 @@ def zero_vote(logits: Tensor) -> int:
     count = confident_count(len(said))
     votes = {answer: said[:count].count(answer) for answer in said[:count]}
     best = [answer for answer in votes if votes[answer] == max(votes.values())]
-    return (
-        next((answer for answer in said[count:] if answer in best), best[0])
-        if best[1:]
-        else best[0]
-    )
+    return next((answer for answer in said[count:] if answer in best), best[0])
 
 
 class TPT(nn.Module):

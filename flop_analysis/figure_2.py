@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 from released import LOCATIONS
 from timing import seconds_of
 from torch import Tensor, nn
+from workloads import LOCATIONS as FEW  # that a step of test-time training can do with
 
 from apm import APM
 from apm.drawing import save_figure
 from apm.runtime.device import multiply_adds
 
-FEW = 64  # that a step of test-time training can do with
 PATCHES = (7, 14, 28, 56, FEW, 112, 224)  # the paper's, and these
 
 

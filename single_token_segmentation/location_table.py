@@ -6,19 +6,19 @@ was stopped goes on when it is given again.
 """
 
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from evaluation import embed_set, image_row, print_methods, row_columns, score
+from evaluation import embed_set, print_methods, row_columns, score
+from methods import run_students
 from tta_setup import build, location_count, make_tta_parser
 
 from apm import APM
 from apm.data.class_names import load_templates
 from apm.data.images import Skipped
-from apm.data.test_sets import load_dataset, read_batches, spread
+from apm.data.test_sets import load_dataset, spread
 from apm.runtime.cli import OUTPUTS, ROOT, Results, command
 from apm.runtime.device import seed_everything, select_device
 from apm.runtime.files import keep_settings, prepare_output
@@ -42,8 +42,10 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--data-root", type=Path, default=ROOT / "data", help="folder with a folder a class")
     add("--counts", type=location_counts, default="1,4,16,64,256,1024", help="of locations a step")
     add("--arms", nargs="+", choices=ARMS, default=ARMS, help="what a query holds")
-    parser.set_defaults(locations="all")
-    return parser.parse_args(argv)
+    parser.set_defaults(locations="all", parallel=1)
+    args = parser.parse_args(argv)
+    args.report_at = [args.iterations]
+    return args
 
 
 def zero_arm(model: APM, arm: str) -> None:
@@ -81,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     targets = embed_set(teacher, data, chosen, path, skipped, args.workers)
 
     def adapt(arm: str, count: int, indices: Iterable[int]) -> RowLog:
-        log = RowLog(output / f"{name_of(count, arm)}.csv", row_columns([args.iterations]))
+        log = RowLog(output / f"{name_of(count, arm)}.csv", row_columns(args.report_at))
         student = TestTimeTrainer(
             APM(trainer.model.config),
             iterations=args.iterations,
@@ -93,19 +95,10 @@ def main(argv: list[str] | None = None) -> None:
         )
         zero_arm(student.model, arm)
         todo = [index for index in indices if index not in log.done]
-        prepare = student.model.preprocessing
-        for [index], [image], [label] in read_batches(
-            data, prepare, todo, 1, skipped, args.workers, title=name_of(count, arm)
+        for found in run_students(
+            *(args, teacher, student, classes, data, targets, todo, skipped, name_of(count, arm))
         ):
-            started = time.perf_counter()
-            student.reset(args.seed + index)
-            adapted = student.adapt(image, targets[index])
-            seconds = time.perf_counter() - started
-            found = image_row(
-                *(index, int(label), targets[index], adapted, seconds),
-                *(teacher, classes, [args.iterations]),
-            )
-            log.append([found])
+            log.append(found)
         return log
 
     rows = []

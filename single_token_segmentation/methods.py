@@ -114,11 +114,12 @@ def run_students(
     targets: Mapping[int, Tensor],
     todo: Sequence[int],
     skipped: Skipped,
+    title: str = "students",
 ) -> Iterator[list[dict[str, float]]]:
     """Rows of batches of images, each with a student of its own."""
     prepare = trainer.model.preprocessing
     for indices, images, labels in read_batches(
-        data, prepare, todo, args.parallel, skipped, args.workers, title="students"
+        data, prepare, todo, args.parallel, skipped, args.workers, title=title
     ):
         goals = torch.stack([targets[index] for index in indices])
         started = time.perf_counter()

@@ -13,7 +13,7 @@ from apm.token_teachers import TokenTeacher, load_token_teacher
 from apm.tta import TestTimeTrainer
 
 BUNDLED_TEACHER = ROOT / "checkpoints" / "clip_tiny.pt"
-GRID = 1024  # locations of the paper's student
+GRID = APMConfig.tta().column_dim  # locations of the paper's student
 
 
 def location_count(text: str) -> int:
