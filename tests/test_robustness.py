@@ -385,7 +385,7 @@ def test_signals_end_a_run_in_one_line_and_it_goes_on_with_random_weights(zygote
     teacher = save_tiny_clip(tmp_path / "tiny.pt")
     arguments = ["--dataset", "imagefolder", "--data-root", tmp_path / "set"]
     arguments += ["--output", tmp_path / "out", "--teacher", teacher, "--iterations", "1"]
-    arguments += ["--report-at", "1"]
+    arguments += ["--report-at", "1", "--locations", "all"]
     rows, messages = tmp_path / "out" / "rows.csv", tmp_path / "stderr"
 
     def row_count():

@@ -179,7 +179,7 @@ def test_test_time_training_of_a_data_set_with_random_weights(zygote, tmp_path):
     teacher = save_tiny_clip(tmp_path / "tiny.pt")
     script = "single_token_segmentation/evaluate_tta.py"
     arguments = ["--dataset", "imagefolder", "--data-root", tmp_path / "set", "--teacher", teacher]
-    arguments += ["--iterations", "1", "--report-at", "1"]
+    arguments += ["--iterations", "1", "--report-at", "1", "--locations", "all"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     started = time.monotonic()
     assert zygote.run(script, [*arguments, "--output", whole]) == 0
