@@ -35,7 +35,8 @@ class Page:
     places of the run.
 
     Args:
-        folder: where ``index.html`` goes; the page of a former run there is removed at once.
+        folder: where ``index.html`` goes; the page of a former run there is removed at once,
+            with its files.
         arguments: of the run; those of ``FACTS`` become its caption.
         joint: whether colours carry over from picture to picture.
     """
@@ -45,6 +46,8 @@ class Page:
     ) -> None:
         self.folder = folder
         (folder / "index.html").unlink(missing_ok=True)
+        for path in (folder / DATA).glob("[0-9]" * 5 + "*.*"):
+            path.unlink()
         facts = {name: arguments.get(name) for name in FACTS}
         self.run: dict[str, Any] = {
             "title": title,

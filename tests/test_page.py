@@ -149,14 +149,19 @@ def test_no_name_is_markup(tmp_path):
     assert all(re.fullmatch(r"\d{5}(_0)?\.(js|jpg)", name) for name in files)
 
 
-def test_the_page_of_a_former_run_goes_before_its_pictures_do(tmp_path):
-    for _ in range(2):
+def test_the_page_of_a_former_run_goes_with_its_files_and_no_others(tmp_path):
+    files = tmp_path / "index_files"
+    for pictures in (2, 1):
         page = Page(tmp_path, "title", {})
         assert not (tmp_path / "index.html").exists()
-        page.add("p", {"photograph": PHOTOGRAPH}, {"student": features(0)}, "")
+        for index in range(pictures):
+            page.add("p", {"photograph": PHOTOGRAPH + index}, {"student": features(0)}, "")
         assert {path.name for path in tmp_path.iterdir()} == {"index_files"}
         page.save()
         assert (tmp_path / "index.html").exists()
+        assert len([*files.glob("*.js")]) == pictures
+        (files / "mine.jpg").touch()
+    assert {path.name[:5] for path in files.iterdir()} == {"00000", "mine."}
 
 
 def test_the_same_run_makes_the_same_page(tmp_path):
