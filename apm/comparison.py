@@ -97,11 +97,13 @@ def score(
         few, few_tokens = look.student(image, own), look.tokens(image, own)
     labels = mask_labels(mask, replace(model.preprocessing, fit=look.fit), grid)
     colours, few_colours = (mean_colours(percept.picture, side) for side in (grid, own))
-    features = ways_to("student", percept.features, colours, consensus, few.features, few_colours)
+    aspect = percept.picture.shape[0] / percept.picture.shape[1]
+    ways = partial(ways_to, colours=colours, consensus=consensus, aspect=aspect)
+    features = ways("student", percept.features, few=few.features, few_colours=few_colours)
     if model.config.local_width:
         features["column alone"] = look.student(image, grid, local=False).features
     if tokens is not None and few_tokens is not None:
-        features |= ways_to("teacher", tokens, colours, consensus, few_tokens, few_colours)
+        features |= ways("teacher", tokens, few=few_tokens, few_colours=few_colours)
     features["colour"] = colours.numpy()
     features["position"] = np.indices((grid, grid)).transpose(1, 2, 0)
     scores = {name: island_scores(points, labels, seed) for name, points in features.items()}

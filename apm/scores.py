@@ -79,6 +79,7 @@ def ways_to(
     consensus: int,
     few: np.ndarray,
     few_colours: Tensor,
+    aspect: float = 1.0,
 ) -> dict[str, np.ndarray]:
     """Features of a grid and other ways to such features, by names that begin with ``name``.
 
@@ -88,14 +89,15 @@ def ways_to(
         consensus: steps, 0 for none.
         few, few_colours: the same of the model's own grid. Where it is as fine there is no other
             way but consensus.
+        aspect: height / width of the picture, for consensus.
     """
     ways = {name: features}
     if few.shape != features.shape:
         found = upsampled(few, few_colours, colours)
         ways |= {f"{name}, {way}": values for way, values in found.items()}
     if consensus:
-        agreed = agree(torch.from_numpy(features), colours, consensus).numpy()
-        ways[f"{name}, consensus {consensus}"] = agreed
+        agreed = agree(torch.from_numpy(features), colours, consensus, aspect)
+        ways[f"{name}, consensus {consensus}"] = agreed.numpy()
     return ways
 
 
