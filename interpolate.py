@@ -9,22 +9,10 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from apm import APM, load_model
-from apm.data.images import load_image
-from apm.drawing import enlarge, input_label, panels, save_gif, save_picture
-from apm.islands import METHODS, Palette, sample_landmarks
-from apm.page import Page, size_caption
-from apm.predictor import answer_grid, crop_report, left_out
-from apm.runtime.cli import OUTPUTS, Results, command, make_parser, positive_int
-from apm.runtime.device import precision, seed_everything, select_device
-from apm.runtime.files import ROOT, prepare_output
+from apm.flags import OUTPUTS, ROOT, make_parser, positive_int
+from apm.runtime.cli import Results, answer_flags, command
 
 EXAMPLES = (ROOT / "assets" / "cat.jpg", ROOT / "assets" / "astronaut.jpg")
-FRAME_SIDE = 320
-TITLE = "RGB and islands from the column alone: no pixels, no local patches"
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -32,16 +20,38 @@ def parse(argv: list[str] | None) -> Namespace:
     parser = make_parser(
         __doc__,
         *("--checkpoint", "--output", "--device", "--dtype", "--seed", "--chunk-size", "--grid"),
+        "--method",
+        example="interpolate.py --input a.jpg b.jpg --steps 30",
         output=OUTPUTS / "interpolate",
+        method="pca",
     )
-    add = parser.add_argument
-    add("--input", type=Path, nargs=2, default=EXAMPLES, metavar=("A", "B"), help="the two images")
-    add("--steps", type=positive_int, default=9, help="frames, both ends included")
-    add("--method", choices=METHODS, default="pca", help="how islands are coloured")
+    ends = {"nargs": 2, "metavar": ("A", "B"), "help": "the two image files"}
+    parser.add("input and output", "--input", type=Path, default=EXAMPLES, **ends)
+    help = "frames, both ends included: 2 or more"
+    parser.add("picture", "--steps", type=positive_int, default=9, help=help)
     args = parser.parse_args(argv)
     if args.steps < 2:
-        raise ValueError(f"--steps {args.steps}: at least 2, the two ends")
+        raise ValueError(f"--steps {args.steps}: expected at least 2, the two ends")
     return args
+
+
+answer_flags(__name__, parse)
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from apm import APM, load_model
+from apm.data.images import load_image
+from apm.drawing import enlarge, input_label, panels, save_gif, save_picture
+from apm.islands import Palette, sample_landmarks
+from apm.page import Page, size_caption
+from apm.predictor import answer_grid, crop_report, left_out
+from apm.runtime.device import precision, seed_everything, select_device
+from apm.runtime.files import prepare_output
+
+FRAME_SIDE = 320
+TITLE = "RGB and islands from the column alone: no pixels, no local patches"
 
 
 @torch.inference_mode()
@@ -65,7 +75,10 @@ def percepts(
         first, last = model.encode(ends)
         shares = torch.linspace(0, 1, steps, device=ends.device)
         columns = torch.lerp(first.float(), last.float(), shares[:, None])  # (steps, D)
-        frames = [answer_grid(model, c[None], grid=grid, chunk_size=chunk_size) for c in columns]
+        frames = [
+            answer_grid(model, column[None], grid=grid, chunk_size=chunk_size)
+            for column in tqdm(columns, desc="answers", unit="frame")
+        ]
     features, rgb = (np.concatenate(arrays) for arrays in zip(*frames, strict=True))
     return features, rgb
 
@@ -116,7 +129,8 @@ def main(argv: list[str] | None = None) -> None:
     save_picture(output / "strip.png", strip(inputs, rgb, islands))
     sizes = [size_caption(image.size, crop) for image, crop in zip(images, crops, strict=True)]
     shares = [round(share, 4) for share in np.linspace(0, 1, args.steps).tolist()]
-    for share, places, answered, colours in zip(shares, features, rgb, islands, strict=True):
+    shown_at = zip(shares, features, rgb, islands, strict=True)
+    for share, places, answered, colours in tqdm(shown_at, "page", args.steps, unit="frame"):
         shown = {"reconstruction": answered, "islands": colours} | inputs
         caption = f"{TITLE}; A: {sizes[0]}; B: {sizes[1]}"
         page.add(f"{share:g} of the way from A to B", shown, {"student": places}, caption)
@@ -125,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     if line := crop_report(dict(zip(map(str, args.input), crops, strict=True))):
         print(line)
     print(page)
-    print(output / "strip.png")
+    print(f"{output / 'strip.png'}; to explore, open {output / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from apm.choices import ORDERS
+from apm.flags import OUTPUTS, ROOT, make_parser
+from apm.runtime.cli import Results, answer_flags, command
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """The script's flags."""
+    parser = make_parser(
+        __doc__,
+        *("--checkpoint", "--input", "--output", "--grid", "--fit", "--consensus", "--method"),
+        *("--joint", "--save-features", "--device", "--dtype", "--seed", "--chunk-size", "--limit"),
+        example="predict_test_image.py --input photo.jpg --grid 128 --consensus 1",
+        input=ROOT / "assets" / "cat.jpg",
+        output=OUTPUTS / "predict_test_image",
+        fit="stretch",
+    )
+    add = partial(parser.add, "picture")
+    add("--gif", action="store_true", help="also write animations")
+    add("--order", choices=ORDERS, default="random", help="in which --gif asks the places")
+    return parser.parse_args(argv)
+
+
+answer_flags(__name__, parse)
+
 import numpy as np
 import torch
 from PIL import Image
@@ -20,35 +44,15 @@ from PIL import Image
 from apm import APM, load_model
 from apm.data.images import Skipped, image_names, load_image, load_images
 from apm.drawing import enlarge, save_gif, save_islands, shape_of
-from apm.islands import METHODS, Palette, sample_landmarks
+from apm.islands import Palette, sample_landmarks
 from apm.page import Page
-from apm.predictor import ORDERS, answer_in_turn, crop_report, perceive, view_of, visiting_order
-from apm.runtime.cli import OUTPUTS, Results, command, make_parser
+from apm.predictor import answer_in_turn, crop_report, perceive, view_of, visiting_order
 from apm.runtime.device import seed_everything, select_device
-from apm.runtime.files import ROOT, prepare_output
+from apm.runtime.files import prepare_output
 
 FRAMES = 24  # of a percept that comes into being
 TILE = 256  # px, of a picture's longer side in animations
 NOT_YET = 0.9  # grey of places that have not been asked
-
-
-def parse(argv: list[str] | None) -> Namespace:
-    """The script's flags."""
-    parser = make_parser(
-        __doc__,
-        *("--checkpoint", "--input", "--output", "--grid", "--fit", "--consensus", "--device"),
-        *("--dtype", "--seed", "--chunk-size", "--limit"),
-        input=ROOT / "assets" / "cat.jpg",
-        output=OUTPUTS / "predict_test_image",
-        fit="stretch",
-    )
-    add = parser.add_argument
-    add("--method", choices=METHODS, default="tsne", help="how islands are coloured")
-    add("--joint", action="store_true", help="like colours mean like features in all pictures")
-    add("--gif", action="store_true", help="also write animations")
-    add("--order", choices=ORDERS, default="random", help="in which --gif asks the places")
-    add("--save-features", action="store_true", help="also write all arrays as .npz")
-    return parser.parse_args(argv)
 
 
 def animate(
@@ -136,7 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     if changes:
         print(f"islands' colours change by {np.mean(changes):.3f} from picture to picture")
     print(page)
-    print(figure if len(paths) == 1 else f"{output}: {len(rows)} images, {len(skipped)} skipped")
+    made = figure if len(paths) == 1 else f"{output}: {len(rows)} images, {len(skipped)} skipped"
+    print(f"{made}; to explore, open {output / 'index.html'}")
 
 
 if __name__ == "__main__":

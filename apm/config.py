@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-POOLINGS = (None, "attention", "mean")
-FEATURE_LOSSES = ("mse", "standardised", "relational")  # of apm.losses
+from apm.choices import FEATURE_LOSSES, POOLINGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +17,7 @@ class APMConfig:
     feature_dim: int  # width of the answered feature, the teacher's
     rgb_widths: tuple[int, ...] = (256, 256)  # of the RGB head's hidden layers
     position_dim: int = 1024  # width of the positional encoding, divisible by 4
-    pooling: str | None = None  # how ``pool`` summarises the locations, one of POOLINGS
+    pooling: str | None = None  # how ``pool`` summarises the locations, one of choices.POOLINGS
     pool_heads: int = 8  # of the attention pooling
     local_width: int = 0  # of the embedded local patch I_xy of Figure 1; 0: none, as released
     # How far a location sees around its patch: residual blocks at half a patch and at a patch, each
@@ -97,17 +96,27 @@ class TrainConfig:
     epochs: int = _flag(12, "passes over the images")
     batch_size: int = _flag(64, "images a step, over all processes")
     learning_rate: float = _flag(1e-4, "peak learning rate of AdamW")
-    fold_rate: float = _flag(1.0, "share of it for the fold and the RGB head's first layer")
+    fold_rate: float = _flag(1.0, "share of it for the fold and the RGB head's first layer, 0 to 1")
     weight_decay: float = _flag(0.0, "decoupled weight decay")
-    schedule: str = _flag("constant", "of the learning rate", choices=("constant", "cosine"))
+    schedule: str = _flag(
+        "constant", "of the learning rate; cosine ends at 0", choices=("constant", "cosine")
+    )
     warmup: int = _flag(0, "steps in which the learning rate rises")
-    locations: int = _flag(1024, "random locations a step")
-    null_share: float = _flag(0.3, "share of a batch that is answered from the column alone")
-    feature_loss: str = _flag("mse", "of apm/losses.py; mse: the paper's", choices=FEATURE_LOSSES)
-    rgb_weight: float = _flag(1.0, "weight of the RGB loss")
+    locations: int = _flag(1024, "random places a step, of the grid's 1024; fewer are faster")
+    null_share: float = _flag(
+        0.3, "share of a batch, 0 to 1, that is answered from the column alone, without patches"
+    )
+    feature_loss: str = _flag(
+        "mse",
+        "how answers are compared with the teacher's features. mse: squared error, the paper's. "
+        "standardised: channels of equal weight, and the angle besides. relational: also how alike "
+        "the places of an image are to each other, which islands are made of",
+        choices=FEATURE_LOSSES,
+    )
+    rgb_weight: float = _flag(1.0, "weight of the RGB loss beside the feature loss")
     augment: bool = _flag(False, "random crops, flips and parts of a patch, features alike")
-    dtype: str = _flag("float32", "of matrix products", choices=("float32", "bfloat16"))
-    seed: int = _flag(0, "seed of all randomness")
+    dtype: str = "float32"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for names, low, high in (

@@ -1,10 +1,11 @@
 """Islands of agreement: locations with like features get like colours (Hinton 2021, GLOM)."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
-METHODS = ("tsne", "pca", "kmeans")
+from apm.choices import METHODS
+
 CLUSTERS = 6  # of k-means
 MOST_LANDMARKS = 2048  # of many pictures: twice the points of one, a few seconds of t-SNE
 
@@ -77,13 +78,15 @@ def island_colours(features: np.ndarray, method: str = "tsne", seed: int = 0) ->
     return Palette(features, method, seed)(features)
 
 
-def island_series(features: np.ndarray, channels: int = 3, seed: int = 0) -> np.ndarray:
+def island_series(
+    features: np.ndarray, channels: int = 3, seed: int = 0, watch: Callable[..., Iterable] = iter
+) -> np.ndarray:
     """The islands of one image at S times, by t-SNE: an island that stays keeps its colour.
 
     ``(S, h, w, F)`` float -> ``(S, h, w, 3)`` float32 RGB in [0, 1]. One channel gives the greys of
-    the paper's Figure 3.
+    the paper's Figure 3. ``watch`` is given the steps and iterates over them, as tqdm does.
     """
-    chain = palette_chain(features, channels, seed)
+    chain = palette_chain(watch(features), channels, seed)
     return np.stack([palette(step) for palette, step in zip(chain, features, strict=True)])
 
 

@@ -7,7 +7,7 @@ of the teacher's features.
 import torch.nn.functional as F
 from torch import Tensor
 
-from apm.config import FEATURE_LOSSES
+from apm.choices import FEATURE_LOSSES
 
 RELATION_WEIGHT = 30.0
 

@@ -14,7 +14,6 @@ from apm.model import APM
 from apm.preprocessing import Preprocessing, to_pixels
 from apm.runtime.device import precision
 
-ORDERS = ("raster", "spiral", "random")
 CHUNK = 16384  # locations answered at a time, unless told otherwise: 0.3 GB of the largest model
 
 
@@ -53,7 +52,7 @@ def perceive(
 
     Args:
         grid: locations along a side, each answered exactly where it is; default the model's own.
-        fit: how the photograph becomes a square, one of ``preprocessing.FITS``; default the
+        fit: how the photograph becomes a square, one of ``choices.FITS``; default the
             model's own.
         consensus: steps in which like neighbours agree (``apm.consensus``).
         dtype: of the matrix products, ``"float32"`` or ``"bfloat16"``.
@@ -87,7 +86,7 @@ def answer_in_turn(
 
 
 def visiting_order(grid: int, order: str, seed: int = 0) -> np.ndarray:
-    """The places of a grid, as indices row by row, in one of ``ORDERS``: ``(grid * grid,)``."""
+    """The places of a grid, indices row by row, in one of ``choices.ORDERS``: ``(grid * grid,)``."""
     if order == "random":
         return np.random.default_rng(seed).permutation(grid**2)
     if order == "raster":

@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from apm.choices import FITS
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-FITS = ("crop", "stretch")
 _CHOICES = {
     "fit": FITS,
     "channels": ("RGB", "BGR"),

@@ -17,7 +17,6 @@ from apm.consensus import agree
 from apm.layers import move
 from apm.runtime.files import file_sha256
 
-DEFAULT_TEACHER = "vit_large_patch14_reg4_dinov2.lvd142m"
 WAY_OUT = "name a local file with --teacher-weights"
 HEADS = ("head", "head_dist", "fc_norm", "attn_pool")  # what follows a ViT's patch tokens
 
@@ -174,7 +173,7 @@ def load_dense_teacher(
     if not isinstance(vit, VisionTransformer):
         raise ValueError(f"teacher {name!r} is a {type(vit).__name__}, expected a plain ViT")
     if not 0 <= margin < grid_size:
-        raise ValueError(f"teacher margin {margin} must be in 0..{grid_size - 1}")
+        raise ValueError(f"--teacher-margin {margin}: must be in 0..{grid_size - 1} patches")
     block_index(block, vit.blocks)  # before a download
     size = (grid_size + 2 * margin) * vit.patch_embed.patch_size[0]
     vit = load_timm(name, weights, HEADS, img_size=size)

@@ -13,12 +13,12 @@ from timing import Work
 from torch import Tensor
 from torch.optim import Adam
 
+from apm.choices import DTYPES
 from apm.config import APMConfig
 from apm.peers import VIEWS
 from apm.runtime.device import multiply_adds
 from apm.tta import TestTimeTrainer
 
-DTYPES = ("float32", "bfloat16")
 MANY_CLASSES = 200
 AGAINST = f"TPT step, {VIEWS} views"
 FEW = f"CLIP + TTT, {workloads.ITERATIONS} iterations, {workloads.LOCATIONS} locations"

@@ -20,7 +20,6 @@ from numpy.random import Generator
 from PIL import Image
 from scipy import ndimage
 
-SEVERITIES = (1, 2, 3, 4, 5)
 FUNCTIONS: dict[str, Callable[..., ndarray]] = {}  # in the published order
 PARAMETERS: dict[str, dict[str, Sequence[Any]]] = {}
 

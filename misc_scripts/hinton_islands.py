@@ -10,6 +10,32 @@ import time
 from argparse import Namespace
 from typing import Any
 
+from apm.flags import FLAGS, OUTPUTS, ROOT, make_parser
+from apm.runtime.cli import Results, answer_flags, command
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """The script's flags."""
+    parser = make_parser(
+        __doc__,
+        *("--input", "--output", "--limit", "--save-features", "--method"),
+        *("--device", "--dtype", "--seed"),
+        example="misc_scripts/hinton_islands.py --input photo.jpg",
+        input=ROOT / "assets" / "cat.jpg",
+        output=OUTPUTS / "hinton_islands",
+    )
+    help = "block to take tokens from, 0 to 15, or -1 the last; the deeper, the coarser"
+    parser.add("model", "--block", type=int, default=0, help=help)
+    weights = parser.groups["model"].add_mutually_exclusive_group()
+    weights.add_argument("--teacher-weights", **FLAGS["model"]["--teacher-weights"])
+    weights.add_argument(
+        "--random-weights", action="store_true", help="learnt nothing: to try the script offline"
+    )
+    return parser.parse_args(argv)
+
+
+answer_flags(__name__, parse)
+
 import numpy as np
 import torch
 from PIL import Image
@@ -18,33 +44,12 @@ from video_teacher import VideoTeacher, load_video_teacher
 
 from apm.data.images import Skipped, image_names, load_image, load_images
 from apm.drawing import save_islands
-from apm.islands import METHODS, island_colours
+from apm.islands import island_colours
 from apm.page import Page
 from apm.predictor import Percept, crop_report, left_out
 from apm.preprocessing import Preprocessing, to_pixels
-from apm.runtime.cli import FLAGS, OUTPUTS, Results, command, make_parser
 from apm.runtime.device import precision, seed_everything, select_device
-from apm.runtime.files import ROOT, prepare_output
-
-
-def parse(argv: list[str] | None) -> Namespace:
-    """The script's flags."""
-    parser = make_parser(
-        __doc__,
-        *("--input", "--output", "--device", "--dtype", "--seed", "--limit"),
-        input=ROOT / "assets" / "cat.jpg",
-        output=OUTPUTS / "hinton_islands",
-    )
-    add = parser.add_argument
-    add("--method", choices=METHODS, default="tsne", help="how islands are coloured")
-    add("--save-features", action="store_true", help="also write all arrays as .npz")
-    add("--block", type=int, default=0, help="block to take tokens from, 0..15 or -1 the last")
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--teacher-weights", **FLAGS["--teacher-weights"])
-    weights.add_argument(
-        "--random-weights", action="store_true", help="learnt nothing: to try the script offline"
-    )
-    return parser.parse_args(argv)
+from apm.runtime.files import prepare_output
 
 
 def look(teacher: VideoTeacher, image: Image.Image, device: torch.device, dtype: str) -> Percept:
@@ -91,7 +96,8 @@ def main(argv: list[str] | None = None) -> None:
     if line := crop_report({row["image"]: row["left_out"] for row in rows}):
         print(line)
     print(page)
-    print(figure if len(paths) == 1 else f"{output}: {len(rows)} images, {len(skipped)} skipped")
+    made = figure if len(paths) == 1 else f"{output}: {len(rows)} images, {len(skipped)} skipped"
+    print(f"{made}; to explore, open {output / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from apm.runtime.files import atomic_path, keep_settings, listing_sha256, read_a
 META = "store.json"
 FORMAT = "apm-features"
 SHARD_IMAGES = 64
-STORE_DTYPES = ("int8", "float16")
 MAX_ERROR = (1 - 0.999**2) ** 0.5  # relative: an image's cosine to the teacher is at least 0.999
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from torchvision import datasets
 from tqdm import tqdm
 
+from apm.choices import ALL, CORRUPTIONS, SEVERITIES, TORCHVISION
 from apm.data.class_names import CIFAR10_CLASSES, EUROSAT_CLASSES, readable
 from apm.data.images import Skipped, UnreadableImage, find_classes, load_batches, load_image
 from apm.runtime.files import dated_sha256, read_array
@@ -30,32 +31,6 @@ def _eurosat(root: Path, download: bool) -> FolderImages:
     if download:
         datasets.EuroSAT(root, download=True)
     return FolderImages(root / "eurosat" / "2750")  # torchvision takes hidden folders for classes
-
-
-# Name -> folder of its files below the root, loader, and the split that accuracies are reported on.
-TORCHVISION: dict[str, tuple[str, Callable[..., Any], dict[str, Any]]] = {
-    "cifar10": ("cifar-10-batches-py", datasets.CIFAR10, {"train": False}),
-    "cifar100": ("cifar-100-python", datasets.CIFAR100, {"train": False}),
-    "flowers102": ("flowers-102", datasets.Flowers102, {"split": "test"}),
-    "dtd": ("dtd", datasets.DTD, {"split": "test"}),
-    "oxford_pets": ("oxford-iiit-pet", datasets.OxfordIIITPet, {"split": "test"}),
-    "caltech101": ("caltech101", datasets.Caltech101, {}),
-    "food101": ("food-101", datasets.Food101, {"split": "test"}),
-    "sun397": ("SUN397", datasets.SUN397, {}),
-    "fgvc_aircraft": ("fgvc-aircraft-2013b", datasets.FGVCAircraft, {"split": "test"}),
-    "eurosat": ("eurosat", _eurosat, {}),
-    "imagefolder": ("", lambda root, download: FolderImages(root), {}),
-}
-DATASETS = (*TORCHVISION, "cifar10c")
-
-# Of ImageNet-C and CIFAR-10-C, in the published order.
-CORRUPTIONS = (
-    *("gaussian_noise", "shot_noise", "impulse_noise"),
-    *("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
-    *("snow", "frost", "fog", "brightness"),
-    *("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
-)
-ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -98,7 +73,7 @@ class LabelledImages(Dataset):
 def load_dataset(
     name: str, root: Path, *, download: bool = False, corruption: str = ALL, severity: int = 5
 ) -> LabelledImages:
-    """A test set by its name, one of ``DATASETS``.
+    """A test set by its name, one of ``choices.DATASETS``.
 
     ``root`` has torchvision's layout; for ``imagefolder`` one folder a class, named as the class or
     by its WordNet id; for ``cifar10c`` the published files, of which ``corruption`` is one or
@@ -106,9 +81,15 @@ def load_dataset(
     """
     if name == "cifar10c":
         return _cifar10c(root, corruption, severity)
-    folder, load, split = TORCHVISION[name]
+    folder, loader, split = TORCHVISION.get(name, ("", "", {}))
+    images: Any
     try:
-        images = load(root, download=download, **split)
+        if name == "imagefolder":
+            images = FolderImages(root)
+        elif name == "eurosat":
+            images = _eurosat(root, download)
+        else:
+            images = getattr(datasets, loader)(root, download=download, **split)
     except (RuntimeError, OSError, ValueError) as error:  # of torchvision's loaders
         hint = "" if download or name == "imagefolder" else ", or --download"
         reason = str(error).strip().splitlines()[0]
@@ -123,7 +104,7 @@ def load_dataset(
 
 def _cifar10c(root: Path, corruption: str, severity: int) -> LabelledImages:
     """CIFAR-10-C at one severity: a fifth of the rows of each corruption's file."""
-    if not 1 <= severity <= 5:
+    if severity not in SEVERITIES:
         raise ValueError(f"severity {severity} must be in 1..5")
     files = [root / f"{part}.npy" for part in (CORRUPTIONS if corruption == ALL else [corruption])]
     labels = read_array(root / "labels.npy")

@@ -1,7 +1,5 @@
-"""What the scripts share: flags, exit status and one-line errors, stops, results.json."""
+"""What the scripts share: exit status and one-line errors, stops, results.json."""
 
-import argparse
-import dataclasses
 import functools
 import io
 import os
@@ -12,116 +10,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-import torch
+from apm.runtime.files import release_outputs, write_json
 
-from apm.runtime.device import is_out_of_memory
-from apm.runtime.files import ROOT, release_outputs, write_json
+if TYPE_CHECKING:
+    from argparse import Namespace
 
-OUTPUTS = ROOT / "outputs"
-CHECKPOINT = ROOT / "checkpoints" / "apm_small.safetensors"
+    import torch
+
 Item = TypeVar("Item")
-
-
-def positive_int(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
-
-
-def whole_number(text: str) -> int:
-    """An argparse type: a whole number of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 0")
-    return value
-
-
-def worker_count(text: str) -> int:
-    """An argparse type: a whole number of at least 0, cut to the number of cores."""
-    return min(whole_number(text), os.cpu_count() or 1)
-
-
-def grid_size(text: str) -> int:
-    """An argparse type: how many places a picture has along its longer side."""
-    value = int(text)
-    if not 1 <= value <= 448:
-        raise argparse.ArgumentTypeError(f"{text} must be in 1..448, at most one place a pixel")
-    return value
-
-
-FITS = ("crop", "stretch")
-DEVICES, DTYPES = ("auto", "cpu", "cuda", "mps"), ("float32", "bfloat16")
-FLAGS: dict[str, dict[str, Any]] = {
-    "--checkpoint": {"type": Path, "default": CHECKPOINT, "help": "ours or a released one"},
-    "--input": {"type": Path, "help": "image file, or folder searched for images"},
-    "--output": {"type": Path, "help": "folder for the results"},
-    "--teacher": {"help": "dense teacher: a ViT by timm's name"},
-    "--teacher-weights": {"type": Path, "help": "teacher's weights file instead of a download"},
-    "--teacher-block": {"type": int, "help": "teacher's block to take tokens from, -1 the last"},
-    "--teacher-margin": {"type": int, "help": "patches by which images are mirrored outwards"},
-    "--device": {"choices": DEVICES, "default": "auto", "help": "where to run"},
-    "--dtype": {"choices": DTYPES, "default": "float32", "help": "precision of matrix products"},
-    "--seed": {"type": int, "default": 0, "help": "seed of all randomness"},
-    "--grid": {"type": grid_size, "help": "places along a side, 1..448 (default: the model's own)"},
-    "--fit": {"choices": FITS, "help": "how a photograph becomes square: all of it, or its centre"},
-    "--consensus": {
-        "type": whole_number,
-        "default": 0,
-        "help": "steps in which like neighbours agree",
-    },
-    "--chunk-size": {"type": positive_int, "help": "places answered at a time (default: 16384)"},
-    "--batch-size": {"type": positive_int, "default": 8, "help": "images at a time"},
-    "--limit": {"type": positive_int, "help": "at most this many images (default: all)"},
-    "--workers": {
-        "type": worker_count,
-        "default": 0,
-        "help": "processes or threads that read images, at most one a core",
-    },
-}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's lines; shows defaults, paths from the repository's root on."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        default = action.default
-        if default is None or default is False or default == argparse.SUPPRESS:
-            return action.help
-        if isinstance(default, (list, tuple)):
-            default = (" " if action.nargs else ",").join(map(str, default))
-        text = str(default).replace(f"{ROOT}{os.sep}", "").replace("%", "%%")
-        return f"{action.help} (default: {text})"
-
-
-def make_parser(description: str, *flags: str, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser with some of the shared ``FLAGS``, and defaults by their destination names."""
-    parser = _Parser(description=description, formatter_class=_HelpFormatter)
-    for flag in flags:
-        parser.add_argument(flag, **FLAGS[flag])
-    parser.set_defaults(**defaults)
-    return parser
-
-
-def add_fields(parser: argparse.ArgumentParser, fields: type) -> None:
-    """A flag for each field of a dataclass: its default, and what argparse wants as metadata."""
-    for field in dataclasses.fields(fields):
-        kind = {"action": "store_true"} if field.default is False else {"type": field.type}
-        flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, default=field.default, **kind, **field.metadata)
-
-
-def take_fields(fields: type, args: argparse.Namespace) -> Any:
-    """The dataclass that ``add_fields``'s flags fill, or the ``ValueError`` of its constructor."""
-    return fields(**{field.name: getattr(args, field.name) for field in dataclasses.fields(fields)})
 
 
 class Terminated(KeyboardInterrupt):
@@ -162,7 +60,7 @@ class Stop:
             yield item
 
 
-def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
+def command(main: Callable[[list[str] | None], object]) -> Callable[..., int]:
     """Make ``main`` return an exit status and say on one line of stderr why it failed.
 
     Bad input, or a machine that cannot do the work: 2. Ctrl-C: 130. SIGTERM: 143. When nobody reads
@@ -198,14 +96,26 @@ def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
     return wrapped
 
 
+def answer_flags(name: str, parse: Callable[[list[str] | None], object]) -> None:
+    """In a script that is run, not imported: answer --help and wrong flags, and end.
+
+    torch and its kin take seconds to import. So every script is in this order: what its flags need,
+    ``parse``, this call, all other imports, the rest. ``main`` parses again.
+    """
+    if name == "__main__" and (status := command(parse)()):
+        sys.exit(status)
+
+
 def _reason(error: Exception) -> str | None:
     """One line about an error that is no fault of the program; else None."""
     line = " ".join(str(error).split())
+    if not isinstance(error, (MemoryError, RuntimeError)):
+        return line
+    from apm.runtime.device import is_out_of_memory  # torch, which bad flags do not wait for
+
     if is_out_of_memory(error):
         return "out of memory; try smaller --batch-size, --chunk-size, --parallel or --workers"
-    if isinstance(error, RuntimeError):
-        return f"{line}; try --workers 0" if line.startswith("DataLoader worker") else None
-    return line
+    return f"{line}; try --workers 0" if line.startswith("DataLoader worker") else None
 
 
 def _say(line: str, status: int) -> int:
@@ -216,7 +126,9 @@ def _say(line: str, status: int) -> int:
 class Results:
     """What a script reports: printed by the script, kept in ``results.json``."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+    def __init__(self, args: "Namespace", device: "torch.device") -> None:
+        import torch  # its numbers: it is there already
+
         self.started = time.perf_counter()
         self.content: dict[str, Any] = {
             "command": Path(sys.argv[0]).name,
