@@ -11,24 +11,9 @@ import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 
-import numpy as np
-import torch
-from matplotlib import colormaps
-
-from apm import APM, load_model
-from apm.comparison import Colours, Look, directions, palettes, score
-from apm.data.images import Skipped, UnreadableImage, image_names, load_images
-from apm.drawing import island_row, overlay, panels, save_picture, shape_of
-from apm.islands import METHODS, sample_landmarks
-from apm.page import Page, percept_panels, size_caption
-from apm.predictor import Percept, crop_report
-from apm.runtime.cli import OUTPUTS, Results, command, make_parser
-from apm.runtime.device import seed_everything, select_device
-from apm.runtime.files import ROOT, prepare_output
-from apm.scores import checkerboard, mean_scores, pair_with_masks
-from apm.teachers import DenseTeacher, load_dense_teacher
+from apm.flags import OUTPUTS, ROOT, make_parser
+from apm.runtime.cli import Results, answer_flags, command
 
 COCO = ROOT / "data" / "coco" / "val2017"
 
@@ -39,15 +24,13 @@ def parse(argv: list[str] | None) -> Namespace:
         __doc__,
         *("--checkpoint", "--input", "--output", "--teacher", "--teacher-weights"),
         *("--teacher-block", "--teacher-margin", "--grid", "--fit", "--consensus", "--device"),
-        *("--dtype", "--seed", "--chunk-size", "--limit"),
+        *("--dtype", "--seed", "--chunk-size", "--limit", "--method", "--joint", "--masks"),
+        example="visualize_coco.py --input photographs --joint --method pca",
         input=COCO,
         output=OUTPUTS / "visualize_coco",
     )
-    add = parser.add_argument
-    add("--method", choices=METHODS, default="tsne", help="how islands are coloured")
-    add("--joint", action="store_true", help="like colours mean like features in all pictures")
-    add("--masks", type=Path, help="folder of semantic masks, PNG of class ids named as the images")
-    add("--score", action="store_true", help="score islands against --masks, draw nothing")
+    help = "score islands against --masks, draw nothing; --fit is then crop by default"
+    parser.add("picture", "--score", action="store_true", help=help)
     args = parser.parse_args(argv)
     if args.score and args.masks is None:
         raise ValueError("--score needs --masks: a folder of semantic masks")
@@ -59,6 +42,25 @@ def parse(argv: list[str] | None) -> Namespace:
             "./download.sh coco-val"
         )
     return args
+
+
+answer_flags(__name__, parse)
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+
+from apm import APM, load_model
+from apm.comparison import Colours, Look, directions, palettes, score
+from apm.data.images import Skipped, UnreadableImage, image_names, load_images
+from apm.drawing import island_row, overlay, panels, save_picture, shape_of
+from apm.islands import sample_landmarks
+from apm.page import Page, percept_panels, size_caption
+from apm.predictor import Percept, crop_report
+from apm.runtime.device import seed_everything, select_device
+from apm.runtime.files import prepare_output
+from apm.scores import checkerboard, mean_scores, pair_with_masks
+from apm.teachers import DenseTeacher, load_dense_teacher
 
 
 def build_teacher(args: Namespace, model: APM, device: torch.device) -> DenseTeacher | None:
@@ -178,20 +180,18 @@ def main(argv: list[str] | None = None) -> None:
     )
     if line := crop_report(crops):
         print(line)
-    if page:
-        print(page)
-    if skipped:
-        print(f"{len(crops)} images, {len(skipped)} skipped")
     for name, row in scores.items():
         gain = f"{row['gain']:+.3f} +- {row['gain_error']:.3f}"
         ari = f"{row['ari']:.3f} +- {row['ari_error']:.3f}"
         print(f"{name:24} ARI {ari} ({gain})  NMI {row['nmi']:.3f}")
     if scores:
-        print(
-            f"{row['images']} images; in brackets the difference to the student's, paired over them"
-        )
+        print(f"{row['images']} images; in brackets the difference to the student's, paired")
     if repeats:
         print(f"checkerboard of the student's own grid: {np.mean(repeats):.2f} (1: none)")
+    if page:
+        print(page)
+    more = f"; to explore, open {output / 'index.html'}" if page else "; scores in results.json"
+    print(f"{output}: {len(crops)} images, {len(skipped)} skipped{more}")
 
 
 if __name__ == "__main__":

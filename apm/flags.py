@@ -115,7 +115,9 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         ),
     },
     "training": {
-        "--save-every": _flag(positive_int, "steps from one saved state to the next"),
+        "--save-every": _flag(
+            positive_int, "steps from one saved state to the next (default: one an epoch)"
+        ),
         "--resume": _switch("go on from --output's last state, if there is one"),
     },
     "machine": {

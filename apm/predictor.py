@@ -86,7 +86,7 @@ def answer_in_turn(
 
 
 def visiting_order(grid: int, order: str, seed: int = 0) -> np.ndarray:
-    """The places of a grid, indices row by row, in one of ``choices.ORDERS``: ``(grid * grid,)``."""
+    """Indices of a grid's places, row by row, in one of ``choices.ORDERS``: ``(grid * grid,)``."""
     if order == "random":
         return np.random.default_rng(seed).permutation(grid**2)
     if order == "raster":

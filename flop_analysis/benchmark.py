@@ -7,19 +7,39 @@ inference asks for one location at a time.
 
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from apm.choices import DTYPES
+from apm.flags import CHECKPOINT, OUTPUTS, ROOT, make_parser
+from apm.runtime.cli import Results, answer_flags, command
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """The script's flags."""
+    parser = make_parser(
+        __doc__,
+        *("--output", "--device", "--repeats"),
+        example="flop_analysis/benchmark.py --repeats 1",
+        output=OUTPUTS / "benchmark",
+        repeats=3,
+    )
+    return parser.parse_args(argv)
+
+
+answer_flags(__name__, parse)
+
 import released
 import torch
-from adaptation import DTYPES, FEW, mlp_macs, one_image, peers, test_time_training, times_faster
+from adaptation import FEW, mlp_macs, one_image, peers, test_time_training, times_faster
 from released import LOCATIONS
 from table import print_table
-from timing import Work, measure, timed_parser
+from timing import Work, measure
 from torch.optim import Adam
+from tqdm import tqdm
 
 from apm import APM, APMConfig, load_model
 from apm.config import TrainConfig
@@ -31,9 +51,8 @@ from apm.islands import island_colours
 from apm.losses import rgb_targets
 from apm.predictor import perceive
 from apm.preprocessing import Preprocessing
-from apm.runtime.cli import FLAGS, OUTPUTS, Results, command
 from apm.runtime.device import multiply_adds, precision, select_device
-from apm.runtime.files import ROOT, prepare_output
+from apm.runtime.files import prepare_output
 
 PHOTOGRAPH = ROOT / "assets" / "cat.jpg"
 BATCH = 4  # images a step of training
@@ -60,7 +79,7 @@ def inference(device: torch.device) -> Iterator[Work]:
 
 def islands(device: torch.device) -> Iterator[Work]:
     """From a photograph to colours with the bundled checkpoint."""
-    model = load_model(FLAGS["--checkpoint"]["default"], device)
+    model = load_model(CHECKPOINT, device)
     see = partial(perceive, model, load_image(PHOTOGRAPH))
     macs = multiply_adds(see)
     for method in ("pca", "tsne"):
@@ -130,13 +149,18 @@ def random_data(folder: Path, count: int) -> TrainingSet:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    args = timed_parser(__doc__, OUTPUTS / "benchmark", repeats=3).parse_args(argv)
+    args = parse(argv)
     device = select_device(args.device)
     output = prepare_output(args.output)
     results, waits = Results(args, device), list[float]()
-    first = (inference, test_time_training, one_image, peers, islands, training)
-    works = chain(*(part(device) for part in first), training_data(device, waits))
-    rows = [measure(work, device, args.repeats) for work in works]
+    parts: list[Callable[[torch.device], Iterator[Work]]]
+    parts = [inference, test_time_training, one_image, peers, islands, training]
+    parts.append(partial(training_data, waits=waits))
+    rows = [
+        measure(work, device, args.repeats)
+        for part in tqdm(parts, unit="part")
+        for work in part(device)
+    ]
     data_wait = sum(waits) / rows[-1]["seconds"]
     print_table("Seconds, median", rows, digits=3)
     faster = times_faster(rows)
@@ -144,6 +168,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{FEW}: {times:.1f} times faster than one {name}")
     print(f"training waits for data {100 * data_wait:.1f} % of the time")
     results.save(output, rows=rows, times_faster=faster, data_wait=data_wait)
+    print(f"{output / 'results.json'} has these numbers and the machine's")
 
 
 if __name__ == "__main__":

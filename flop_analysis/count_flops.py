@@ -5,30 +5,48 @@ fvcore meets an operator that nobody has classified. A backward pass is counted 
 """
 
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+
+from apm.flags import OUTPUTS, make_parser
+from apm.runtime.cli import Results, answer_flags, command
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """The script's flags."""
+    parser = make_parser(
+        __doc__,
+        *("--output", "--device", "--repeats"),
+        example="flop_analysis/count_flops.py --repeats 1",
+        output=OUTPUTS / "count_flops",
+        repeats=5,
+    )
+    return parser.parse_args(argv)
+
+
+answer_flags(__name__, parse)
 
 import released
 import torch
 import workloads
 from baselines import TABLE_4, clip_inputs, clip_model, swin_model, tpt_model
 from counting import HARMLESS, Call, count_forward, count_step
+from deviations import PAPER_LOCATIONS, explain
 from figure_2 import draw, features, figure_rows
 from released import LOCATIONS
 from table import compare, print_notes, print_table
-from timing import timed_parser
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from apm import APM, APMConfig
 from apm.peers import VIEWS
-from apm.runtime.cli import OUTPUTS, Results, command
 from apm.runtime.device import multiply_adds, select_device
 from apm.runtime.files import prepare_output
 
 META = torch.device("meta")  # shapes without memory, enough to count what has no data-made shapes
 ITERATIONS = 20
-PAPER_LOCATIONS = 512  # the paper's protocol asks for half of the grid
 CHUNKS = (4, 16, 64, 256, 512)
 CLIP = "CLIP ViT-B/16, image + prompt"
 
@@ -137,41 +155,25 @@ def total_rows(forward: list[Row], student: list[Row], few: list[Row]) -> list[R
     ]
 
 
-def explain(clip: Row, dense: Row) -> list[str]:
-    """A line per deviation from the paper."""
-    measured = ", ".join(
-        f"{name} {TABLE_4[name].gmacs_measured}" for name in ("Swin", "TPT", "CLIP", "APM")
-    )
-    return [
-        f"fvcore alone counts {clip['fvcore alone']:.2f} GMACs for CLIP: it does not know "
-        "aten::scaled_dot_product_attention, 2 n^2 d multiply-adds a layer; a handle adds them.",
-        "fvcore also charges 5 operations per element of a layer norm and 1 of an average (norms); "
-        "torch's counter, halved, has the products alone. Apart from the norms the two agree.",
-        f"The paper's 10 GFLOPs for the student are trunk and feature head at {PAPER_LOCATIONS} "
-        "locations, half of the grid, whatever the chunk size. Conv, pooling, RGB head and the "
-        "backward pass are left out, in its total too.",
-        f"At equal output, the feature grid, this project takes {dense['ours']:.2f} GMACs and the "
-        f"released arithmetic {dense['released']:.2f}: {dense['saved (%)']:.0f} % less.",
-        "The paper does not say what a TPT step is. One view and one prompt, forward and backward "
-        "through the text tower, come nearest; TPT itself takes 64 views and a prompt per class.",
-        f"The paper's measured column ({measured}) is 11 to 15 % above its ideal one, the one that "
-        "is compared here. Counts are the same on every machine, only Figure 2's times are not.",
-        "The paper adds CLIP ViT-B/16 to a student whose 768-wide features are those of ViT-L/14.",
-    ]
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
-    args = timed_parser(__doc__, OUTPUTS / "count_flops", repeats=5).parse_args(argv)
+    args = parse(argv)
     device = select_device(args.device)
     output = prepare_output(args.output)
     results = Results(args, device)
+    progress = tqdm(total=5, unit="table")
+
+    def counted(rows: list[Row]) -> list[Row]:
+        progress.update()
+        return rows
 
     clip, model = clip_model("ViT-B/16"), APM(APMConfig.tta())
-    forward, student = forward_rows(clip), student_rows(model)
-    few = few_rows()
-    total = total_rows(forward, student, few)
-    figure = figure_rows(model.to(device), clip.to(device), forward[1]["ours"], args.repeats)
+    forward, student = counted(forward_rows(clip)), counted(student_rows(model))
+    few = counted(few_rows())
+    total = counted(total_rows(forward, student, few))
+    models = model.to(device), clip.to(device)
+    figure = counted(figure_rows(*models, forward[1]["ours"], args.repeats))
+    progress.close()
     notes = explain(forward[1], student[0])
 
     print_table("One forward pass (GMACs)", forward)
@@ -191,6 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         figure_2=figure,
         notes=notes,
     )
+    print(f"\n{output / 'figure_2.png'}; the numbers are in results.json beside it")
 
 
 if __name__ == "__main__":

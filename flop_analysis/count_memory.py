@@ -10,9 +10,29 @@ import os
 import resource
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+
+from apm.flags import OUTPUTS, make_parser
+from apm.runtime.cli import Results, answer_flags, command
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """The script's flags."""
+    parser = make_parser(
+        __doc__,
+        *("--output", "--device"),
+        example="flop_analysis/count_memory.py --device cpu",
+        output=OUTPUTS / "count_memory",
+    )
+    help = "measure this row of the table alone, in this process, and print JSON (default: all)"
+    parser.add("machine", "--case", metavar="ROW", help=help)
+    return parser.parse_args(argv)
+
+
+answer_flags(__name__, parse)
 
 import torch
 import workloads
@@ -22,7 +42,6 @@ from tqdm import tqdm
 from workloads import Workload
 
 from apm.peers import VIEWS
-from apm.runtime.cli import OUTPUTS, Results, command, make_parser
 from apm.runtime.device import peak_bytes, select_device
 from apm.runtime.files import prepare_output
 
@@ -114,23 +133,22 @@ NOTES = (
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__, "--output", "--device", output=OUTPUTS / "count_memory")
-    parser.add_argument(
-        "--case", choices=CASES, metavar="ROW", help="measure this row in this process, print JSON"
-    )
-    args = parser.parse_args(argv)
+    args = parse(argv)
     device = select_device(args.device)
     if device.type not in MEASURABLE:
         raise ValueError(f"--device {device.type}: memory is measured on {' or '.join(MEASURABLE)}")
+    if args.case and args.case not in CASES:
+        raise ValueError(f"--case {args.case!r}: no such row, expected one of {list(CASES)}")
     if args.case:
         print(json.dumps(measure(CASES[args.case][0], device)))
         return
     output = prepare_output(args.output)
     results = Results(args, device)
-    rows = [measure_apart(name, device) for name in tqdm(CASES, disable=None)]
+    rows = [measure_apart(name, device) for name in tqdm(CASES, unit="row")]
     print_table("Peak memory (GB), Table 4", rows)
     print_notes(NOTES)
     results.save(output, rows=rows, notes=NOTES)
+    print(f"\n{output / 'results.json'} has these numbers and the machine's")
 
 
 if __name__ == "__main__":

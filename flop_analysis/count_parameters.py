@@ -1,8 +1,21 @@
 """Count the parameters of the paper's Table 4, in millions, and of each model's modules."""
 
 import sys
+from argparse import Namespace
 from collections import Counter
 from typing import Any
+
+from apm.flags import OUTPUTS, make_parser
+from apm.runtime.cli import Results, answer_flags, command
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """The script's flags."""
+    example, output = "flop_analysis/count_parameters.py", OUTPUTS / "count_parameters"
+    return make_parser(__doc__, "--output", example=example, output=output).parse_args(argv)
+
+
+answer_flags(__name__, parse)
 
 import torch
 from baselines import CLIP_SIZES, TABLE_4, clip_model, swin_model, tpt_model
@@ -10,7 +23,6 @@ from table import compare, print_notes, print_table
 from torch import nn
 
 from apm import APM, APMConfig
-from apm.runtime.cli import OUTPUTS, Results, command, make_parser
 from apm.runtime.files import prepare_output
 
 META = torch.device("meta")  # shapes are enough
@@ -65,8 +77,7 @@ def explain(models: dict[str, Any], counts: dict[str, int]) -> list[str]:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__, "--output", output=OUTPUTS / "count_parameters")
-    args = parser.parse_args(argv)
+    args = parse(argv)
     output = prepare_output(args.output)
     results = Results(args, META)
 
@@ -82,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name}: {listed}")
     print_notes(notes)
     results.save(output, rows=rows, counts=counts, modules=modules, notes=notes)
+    print(f"\n{output / 'results.json'} has these numbers")
 
 
 if __name__ == "__main__":

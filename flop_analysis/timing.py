@@ -2,22 +2,11 @@
 
 import statistics
 import time
-from argparse import ArgumentParser
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-
-from apm.runtime.cli import make_parser, positive_int
-
-
-def timed_parser(description: str, output: Path, repeats: int) -> ArgumentParser:
-    """A parser of a script that times something."""
-    parser = make_parser(description, "--output", "--device", output=output)
-    parser.add_argument("--repeats", type=positive_int, default=repeats, help="timed runs of a row")
-    return parser
 
 
 class Work(NamedTuple):

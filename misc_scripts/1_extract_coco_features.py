@@ -12,18 +12,9 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from torch import Tensor
-from tqdm import tqdm
-
-from apm.data.features import STORE_DTYPES, FeatureStore, StoreWriter
-from apm.data.images import Skipped, file_sizes, image_names, load_batches
-from apm.data.training_set import TrainingSet
-from apm.preprocessing import Preprocessing
-from apm.runtime.cli import OUTPUTS, Results, command, make_parser, positive_int
-from apm.runtime.device import precision, select_device
-from apm.runtime.distributed import claim_gpu, process_group, rank, wait_for_all, world_size
-from apm.runtime.files import prepare_output
-from apm.teachers import DEFAULT_TEACHER, DenseTeacher, load_dense_teacher
+from apm.choices import DEFAULT_TEACHER, STORE_DTYPES
+from apm.flags import OUTPUTS, make_parser, positive_int
+from apm.runtime.cli import Results, answer_flags, command
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -33,17 +24,35 @@ def parse(argv: list[str] | None) -> Namespace:
         *("--input", "--output", "--teacher", "--teacher-weights", "--teacher-block"),
         *("--teacher-margin", "--device", "--dtype", "--batch-size", "--limit", "--workers"),
         "--consensus",
+        example="misc_scripts/1_extract_coco_features.py --input outputs/resized --workers 8",
         input=OUTPUTS / "resized",
         output=OUTPUTS / "features",
         teacher=DEFAULT_TEACHER,
         teacher_block=-1,
         teacher_margin=0,
     )
-    add = parser.add_argument
-    add("--density", type=positive_int, default=1, help="tokens along a side of a patch")
-    add("--store-dtype", choices=STORE_DTYPES, default="int8", help="how features are stored")
-    add("--verify", action="store_true", help="also compare the checksums of what is there")
+    help = "tokens along a side of a patch: 2 takes four times the time and size of 1"
+    parser.add("model", "--density", type=positive_int, default=1, help=help)
+    help = "how features are stored: int8 takes 1 byte a number, float16 2"
+    parser.add("input and output", "--store-dtype", choices=STORE_DTYPES, default="int8", help=help)
+    help = "also compare the checksums of what is there"
+    parser.add("input and output", "--verify", action="store_true", help=help)
     return parser.parse_args(argv)
+
+
+answer_flags(__name__, parse)
+
+from torch import Tensor
+from tqdm import tqdm
+
+from apm.data.features import FeatureStore, StoreWriter
+from apm.data.images import Skipped, file_sizes, image_names, load_batches
+from apm.data.training_set import TrainingSet
+from apm.preprocessing import Preprocessing
+from apm.runtime.device import precision, select_device
+from apm.runtime.distributed import claim_gpu, process_group, rank, wait_for_all, world_size
+from apm.runtime.files import prepare_output
+from apm.teachers import DenseTeacher, load_dense_teacher
 
 
 def shards_to_do(writer: StoreWriter, verify: bool) -> list[int]:
@@ -121,7 +130,8 @@ def main(argv: list[str] | None = None) -> None:
         Skipped(store.skipped).refuse_all(len(images))
         results.save(args.output, images=len(store.sizes), skipped=store.skipped)
         made, lost = len(store.sizes), len(store.skipped)
-        print(f"features of {made} images in {args.output}, {lost} skipped")
+        hint = f"train on them with misc_scripts/train.py --features {args.output}"
+        print(f"features of {made} images in {args.output}, {lost} skipped; {hint}")
 
 
 if __name__ == "__main__":

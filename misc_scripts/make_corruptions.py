@@ -10,25 +10,13 @@ number of the class of each. What is there is skipped, so run it again after an 
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import product
 from pathlib import Path
 
-import numpy as np
-from corruption_layouts import (
-    Recipe,
-    cifar10_label,
-    read_equal,
-    write_array,
-    write_folders,
-    write_labels,
-)
-from corruptions import FUNCTIONS, SEVERITIES
-
-from apm.data.class_names import CIFAR10_CLASSES
-from apm.data.images import Skipped, find_images, load_image
-from apm.runtime.cli import FLAGS, OUTPUTS, Results, command, make_parser, positive_int
-from apm.runtime.device import select_device
-from apm.runtime.files import dated_sha256, keep_settings, prepare_output
+from apm.choices import CORRUPTIONS, SEVERITIES
+from apm.flags import OUTPUTS, make_parser, positive_int
+from apm.runtime.cli import Results, answer_flags, command
 
 
 def some_of(choices: Iterable[object]) -> Callable[[str], list]:
@@ -46,19 +34,28 @@ def some_of(choices: Iterable[object]) -> Callable[[str], list]:
 
 
 def parse(argv: list[str] | None) -> Namespace:
-    output = OUTPUTS / "make_corruptions"
-    flags = ("--output", "--seed", "--limit", "--workers")
-    parser = make_parser(__doc__, *flags, output=output, workers=2)
-    add = parser.add_argument
-    add("--input", required=True, **FLAGS["--input"])
-    add("--layout", choices=("folder", "npy"), default="folder", help="how results are laid out")
-    kinds = "published parameters, made for images of 32 or of 224 pixels"
+    """The script's flags."""
+    parser = make_parser(
+        __doc__,
+        *("--output", "--seed", "--limit", "--workers"),
+        required=["--input"],
+        example="misc_scripts/make_corruptions.py --input photographs --corruptions fog,snow",
+        output=OUTPUTS / "make_corruptions",
+        workers=2,
+    )
+    add = partial(parser.add, "picture")
+    layouts = "folder: ImageNet-C's, an image a file. npy: CIFAR-10-C's, an array a corruption"
+    add("--layout", choices=("folder", "npy"), default="folder", help=layouts)
+    kinds = "published parameters, made for images of 32 pixels (cifar) or of 224 (imagenet)"
     add("--parameters", choices=("cifar", "imagenet"), default="imagenet", help=kinds)
-    names, levels = some_of(FUNCTIONS), some_of(SEVERITIES)
-    add("--corruptions", type=names, default=",".join(FUNCTIONS), help="some of these")
-    add("--severities", type=levels, default="1,2,3,4,5", help="some of these")
+    names, levels = some_of(CORRUPTIONS), some_of(SEVERITIES)
+    some = "some of these, with commas between"
+    add("--corruptions", type=names, default=",".join(CORRUPTIONS), help=some)
+    weak = f"{some}, 1 the weakest"
+    add("--severities", type=levels, default=",".join(map(str, SEVERITIES)), help=weak)
     add("--frost-textures", type=Path, help="folder of photographs of frost, which frost needs")
-    add("--image-size", type=positive_int, help="side of the centre square (default: as it is)")
+    side = "side in pixels of the centre square that is taken (default: images as they are)"
+    add("--image-size", type=positive_int, help=side)
     args = parser.parse_args(argv)
     if "frost" in args.corruptions and args.frost_textures is None:
         raise ValueError(
@@ -66,6 +63,24 @@ def parse(argv: list[str] | None) -> Namespace:
             "or list --corruptions without frost"
         )
     return args
+
+
+answer_flags(__name__, parse)
+
+import numpy as np
+from corruption_layouts import (
+    Recipe,
+    cifar10_label,
+    read_equal,
+    write_array,
+    write_folders,
+    write_labels,
+)
+
+from apm.data.class_names import CIFAR10_CLASSES
+from apm.data.images import Skipped, find_images, load_image
+from apm.runtime.device import select_device
+from apm.runtime.files import dated_sha256, keep_settings, prepare_output
 
 
 @command
@@ -108,7 +123,11 @@ def main(argv: list[str] | None = None) -> None:
         results.content["classes"] = CIFAR10_CLASSES
     count = len(paths) - len(skipped)
     results.save(args.output, images=count, skipped=skipped)
-    print(f"{args.output}: {count} images, {len(skipped)} skipped")
+    root, name = args.output, "cifar10c"
+    if args.layout == "folder":
+        root, name = root / args.corruptions[0] / str(args.severities[0]), "imagefolder"
+    hint = f"evaluate_tta.py --dataset {name} --data-root {root}"
+    print(f"{args.output}: {count} images, {len(skipped)} skipped; next, if in classes: {hint}")
 
 
 if __name__ == "__main__":

@@ -5,25 +5,41 @@ train.py reads are both of these squares. Sub-folders are kept; what is already 
 """
 
 import sys
+from argparse import Namespace
 from pathlib import Path
+
+from apm.flags import OUTPUTS, make_parser, positive_int
+from apm.runtime.cli import Results, answer_flags, command
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """The script's flags."""
+    parser = make_parser(
+        __doc__,
+        *("--output", "--limit", "--workers"),
+        required=["--input"],
+        example="misc_scripts/resize_coco_images.py --input data/coco/train2017 --workers 8",
+        output=OUTPUTS / "resized",
+        workers=2,
+    )
+    help = "side of the squares in pixels"
+    parser.add("picture", "--image-size", type=positive_int, default=448, help=help)
+    return parser.parse_args(argv)
+
+
+answer_flags(__name__, parse)
 
 from image_threads import for_each
 
 from apm.data.images import image_names, load_image
 from apm.preprocessing import Preprocessing
-from apm.runtime.cli import FLAGS, OUTPUTS, Results, command, make_parser, positive_int
 from apm.runtime.device import select_device
 from apm.runtime.files import atomic_path, keep_settings, prepare_output
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(
-        __doc__, "--output", "--limit", "--workers", output=OUTPUTS / "resized", workers=2
-    )
-    parser.add_argument("--input", required=True, **FLAGS["--input"])
-    parser.add_argument("--image-size", type=positive_int, default=448, help="side in pixels")
-    args = parser.parse_args(argv)
+    args = parse(argv)
     images = image_names(args.input, args.limit)
     output = prepare_output(args.output)
     settings = {"image_size": args.image_size, "input": str(args.input.resolve())}
@@ -42,7 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     skipped = for_each(resize, images.items(), args.workers)
     count = len(images) - len(skipped)
     results.save(output, images=count, skipped=skipped)
-    print(f"{count} images in {output}, {len(skipped)} skipped")
+    hint = f"next: misc_scripts/1_extract_coco_features.py --input {output}"
+    print(f"{count} images in {output}, {len(skipped)} skipped; {hint}")
 
 
 if __name__ == "__main__":

@@ -11,52 +11,45 @@ and the result is that of one process:
 import sys
 import time
 from argparse import Namespace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-from training_run import Inputs, Progress, load_inputs, summary_writer
-
-from apm.checkpoint import save_model
 from apm.config import TrainConfig
-from apm.data.images import load_batches
-from apm.data.training_set import TrainingSet, epoch_batches
-from apm.distill import Distiller, NonFiniteError
-from apm.drawing import loss_figure
-from apm.runtime import cli
-from apm.runtime.device import seed_everything, select_device
-from apm.runtime.distributed import claim_gpu, process_group, rank, shares, wait_for_all, world_size
-from apm.runtime.files import keep_settings, prepare_output
-from apm.runtime.logs import RowLog, write_table
+from apm.flags import OUTPUTS, add_fields, make_parser, positive_int, take_fields
+from apm.runtime.cli import Results, Stop, answer_flags, command
 
 STATE, CHECKPOINT = "last.pth", "apm.safetensors"
-LOGGED = ("step", "feature_loss", "rgb_loss", "learning_rate", "gradient_norm")
 
 
 def parse(argv: list[str] | None) -> Namespace:
     """The script's flags."""
-    parser = cli.make_parser(
+    parser = make_parser(
         __doc__,
         *("--input", "--output", "--teacher", "--teacher-weights", "--teacher-block"),
-        *("--teacher-margin", "--device", "--workers", "--limit"),
-        input=cli.OUTPUTS / "resized",
-        output=cli.OUTPUTS / "train",
+        *("--teacher-margin", "--device", "--workers", "--limit", "--resume", "--save-every"),
+        *("--dtype", "--seed"),
+        example="misc_scripts/train.py --augment --feature-loss relational --dtype bfloat16",
+        input=OUTPUTS / "resized",
+        output=OUTPUTS / "train",
         teacher_block=-1,
         teacher_margin=0,
     )
-    add, store = parser.add_argument, cli.OUTPUTS / "features"
-    add("--features", type=Path, default=store, help="feature store; unused with --teacher")
-    add("--model", choices=("small", "coco"), default="small", help="shape of a new model")
-    add("--init", type=Path, help="checkpoint to go on from, instead of a new model")
-    cli.add_fields(parser, TrainConfig)
-    add("--accumulate", type=cli.positive_int, default=1, help="parts of a batch, one by one")
-    add("--validation-images", type=cli.positive_int, default=200, help="images held out")
-    add("--resume", action="store_true", help="go on from --output's last state, if there is one")
-    add("--save-every", type=cli.positive_int, help="steps between states, besides each epoch's")
-    add("--tensorboard", action="store_true", help="also log for TensorBoard")
+    add, more = partial(parser.add, "training"), partial(parser.add, "input and output")
+    store = "feature store of these images, of 1_extract_coco_features.py; unused with --teacher"
+    more("--features", type=Path, default=OUTPUTS / "features", help=store)
+    more("--tensorboard", action="store_true", help="also log for TensorBoard")
+    shapes = "a new model's shape: 5.6 million parameters, or the paper's 54.3"
+    parser.add("model", "--model", choices=("small", "coco"), default="small", help=shapes)
+    init = "checkpoint to go on from, instead of a new model"
+    parser.add("model", "--init", type=Path, help=init)
+    add_fields(parser, TrainConfig)
+    parts = "parts of a batch, one by one, which takes less memory"
+    add("--accumulate", type=positive_int, default=1, help=parts)
+    add("--validation-images", type=positive_int, default=200, help="images held out")
     args = parser.parse_args(argv)
+    take_fields(TrainConfig, args)  # numbers out of range are refused at once
     if not args.teacher and (args.teacher_weights or args.teacher_block + 1 or args.teacher_margin):
         raise ValueError(
             "--teacher-weights, --teacher-block and --teacher-margin go with --teacher: a store's "
@@ -67,22 +60,23 @@ def parse(argv: list[str] | None) -> Namespace:
     return args
 
 
-def blame(distiller: Distiller, images: TrainingSet, batch: list[int]) -> str:
-    """Which of this process's images of a batch have losses that are not finite."""
-    mine = sorted(index for part in shares(batch, distiller.accumulate) for index in part)
-    places = torch.arange(distiller.model.config.grid_size**2)
-    bad = []
-    with torch.no_grad():
-        for index in mine:
-            pixels, features = (part[None] for part in images[index])
-            features = distiller.features(pixels, features)
-            losses = distiller.losses(pixels, features, places, torch.tensor([True]))
-            bad += [] if losses.isfinite().all() else [images.names[index]]
-    if not bad:
-        return "none of this process's images alone is the cause"
-    if len(bad) < len(mine):
-        return f"images {', '.join(bad)}"
-    return f"all images of this process's batch, {', '.join(bad)}: try a lower --learning-rate"
+answer_flags(__name__, parse)
+
+import torch
+from tqdm import tqdm
+from training_run import Inputs, Progress, blame, load_inputs, summary_writer
+
+from apm.checkpoint import save_model
+from apm.data.images import load_batches
+from apm.data.training_set import epoch_batches
+from apm.distill import Distiller, NonFiniteError
+from apm.drawing import loss_figure
+from apm.runtime.device import seed_everything, select_device
+from apm.runtime.distributed import claim_gpu, process_group, rank, shares, wait_for_all, world_size
+from apm.runtime.files import keep_settings, prepare_output
+from apm.runtime.logs import RowLog, write_table
+
+LOGGED = ("step", "feature_loss", "rgb_loss", "learning_rate", "gradient_norm")
 
 
 def train(inputs: Inputs, args: Namespace, config: TrainConfig) -> list[dict[str, float]]:
@@ -119,7 +113,7 @@ def train(inputs: Inputs, args: Namespace, config: TrainConfig) -> list[dict[str
             board = summary_writer(args.output / "tensorboard", distiller.steps_done)
     # Of several processes each may stop at another step: they go on from the last whole state.
     save_alone = progress.save if world_size() == 1 else lambda: None
-    with cli.Stop() as stop:
+    with Stop() as stop:
         while (epoch := len(progress.history)) < config.epochs:
             training.epoch = epoch
             batches = epoch_batches(len(training), batch_size, config.seed, epoch)
@@ -146,7 +140,9 @@ def train(inputs: Inputs, args: Namespace, config: TrainConfig) -> list[dict[str
             feature_loss, rgb_loss = (progress.loss_sums / steps).tolist()
             held_out = range(rank(), len(validation), world_size())
             eights = [held_out[i : i + 8] for i in range(0, len(held_out), 8)]
-            loaded = (items for _, items in load_batches(validation, eights, args.workers))
+            held = load_batches(validation, eights, args.workers)
+            bar = tqdm(held, "validation", len(eights), leave=False, disable=rank() > 0)
+            loaded = (items for _, items in bar)
             row = {
                 "epoch": epoch + 1,
                 "train_feature_loss": feature_loss,
@@ -179,20 +175,21 @@ def log_step(distiller: Distiller, losses: torch.Tensor, log: RowLog, board: Any
             board.add_scalar(name, value, distiller.steps_done)
 
 
-@cli.command
+@command
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    config = cli.take_fields(TrainConfig, args)
+    config = take_fields(TrainConfig, args)
     device = select_device(args.device)
     claim_gpu(device)
     seed_everything(config.seed)
     with process_group(device):
         inputs = load_inputs(args, config, device)
-        results = cli.Results(args, device)
+        results = Results(args, device)
         history = train(inputs, args, config)
         if rank() == 0:
             results.save(args.output, history=history)
-            print(f"checkpoint: {args.output / CHECKPOINT}")
+            path = args.output / CHECKPOINT
+            print(f"checkpoint: {path}; see it with predict_test_image.py --checkpoint {path}")
         wait_for_all()
 
 

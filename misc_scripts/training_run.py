@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from apm import APM, APMConfig, load_model
 from apm.checkpoint import load_tensors, save_tensors
@@ -17,7 +18,7 @@ from apm.data.images import file_sizes, image_names
 from apm.data.training_set import TrainingSet
 from apm.distill import Distiller
 from apm.preprocessing import Preprocessing
-from apm.runtime.distributed import rank
+from apm.runtime.distributed import rank, shares
 from apm.runtime.files import file_sha256, listing_sha256
 from apm.teachers import DenseTeacher, load_dense_teacher
 
@@ -92,7 +93,8 @@ def feature_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation ``(F,)`` of the features of 64 images."""
     sample = []
-    for index in range(min(64, len(dataset))):
+    first = range(min(64, len(dataset)))
+    for index in tqdm(first, "feature statistics", leave=False, disable=rank() > 0):
         pixels, features = dataset[index]
         sample.append(teacher(pixels[None].to(device) / 255)[0].cpu() if teacher else features)
     features = torch.cat(sample).float()
@@ -170,6 +172,24 @@ def load_inputs(
     settings = settings_of(args, config, model, source, training)
     model = model.to(device)
     return Inputs(model, teacher, training, validation, mean, std, provenance, settings)
+
+
+def blame(distiller: Distiller, images: TrainingSet, batch: list[int]) -> str:
+    """Which of this process's images of a batch have losses that are not finite."""
+    mine = sorted(index for part in shares(batch, distiller.accumulate) for index in part)
+    places = torch.arange(distiller.model.config.grid_size**2)
+    bad = []
+    with torch.no_grad():
+        for index in mine:
+            pixels, features = (part[None] for part in images[index])
+            features = distiller.features(pixels, features)
+            losses = distiller.losses(pixels, features, places, torch.tensor([True]))
+            bad += [] if losses.isfinite().all() else [images.names[index]]
+    if not bad:
+        return "none of this process's images alone is the cause"
+    if len(bad) < len(mine):
+        return f"images {', '.join(bad)}"
+    return f"all images of this process's batch, {', '.join(bad)}: try a lower --learning-rate"
 
 
 class Progress:

@@ -11,41 +11,15 @@ import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import torch
-from evaluation import common_rows, embed_set, print_methods, row_columns, summarise
-from methods import (
-    METHODS,
-    PEER_COLUMNS,
-    make_peer,
-    peer_cost,
-    predict,
-    run_peer,
-    run_students,
-    student_cost,
-    teacher_classes,
-    teacher_cost,
-)
-from tta_setup import build, make_tta_parser
+from tta_flags import make_tta_parser
 
-from apm.data.class_names import load_templates
-from apm.data.images import Skipped
-from apm.data.test_sets import (
-    ALL,
-    DATASETS,
-    LabelledImages,
-    load_dataset,
-    spread,
-)
-from apm.runtime.cli import OUTPUTS, ROOT, Results, command, positive_int
-from apm.runtime.device import seed_everything, select_device
+from apm.choices import ALL, CORRUPTIONS, DATASETS, SEVERITIES
+from apm.flags import OUTPUTS, positive_int
+from apm.runtime.cli import Results, answer_flags, command
 from apm.runtime.files import keep_settings, prepare_output, read_json
-from apm.runtime.logs import RowLog
-
-logger = logging.getLogger(__name__)
-NAMES = 5  # of classes, that are shown
 
 
 def positive_ints(text: str) -> tuple[int, ...]:
@@ -57,26 +31,29 @@ def parse(argv: list[str] | None) -> Namespace:
     """The script's flags."""
     parser = make_tta_parser(
         __doc__,
-        "--limit",
-        "--workers",
+        *("--limit", "--workers", "--data-root", "--download"),
+        example="single_token_segmentation/evaluate_tta.py --dataset cifar10 --download --limit 30",
         output=OUTPUTS / "evaluate_tta",
         iterations=50,
         locations="64",
     )
-    add = parser.add_argument
-    add("--dataset", choices=DATASETS, required=True, help="the test set")
-    add("--data-root", type=Path, default=ROOT / "data", help="where data sets lie")
-    add("--download", action="store_true", help="let torchvision fetch the data set")
-    add("--corruption", default=ALL, help="of cifar10c: all, or the name of one")
-    add("--severity", type=int, default=5, help="of cifar10c, 1 to 5")
-    add("--method", nargs="+", choices=METHODS, default=["apm"], help="apm, and its peers")
-    add("--report-at", type=positive_ints, default="1,5,10,20,50", help="iterations in the table")
-    add(
-        "--parallel",
-        type=positive_int,
-        default=1,
-        help="students trained at once, on an accelerator",
+    more = partial(parser.add, "input and output")
+    sets = "the test set; imagefolder is one's own, a folder a class in --data-root"
+    more("--dataset", choices=DATASETS, required=True, help=sets)
+    which = "of --dataset cifar10c: all corruptions one after the other, or the name of one"
+    more("--corruption", choices=(ALL, *CORRUPTIONS), metavar="NAME", default=ALL, help=which)
+    weak = "of --dataset cifar10c, 1 the weakest"
+    more("--severity", type=int, choices=SEVERITIES, default=5, help=weak)
+    add = partial(parser.add, "test-time training")
+    methods = (
+        "what is compared, on the same images. apm: a student for each, as of the paper. tpt: "
+        "prompts tuned for a step on 64 views of the image. zero: the vote of these views"
     )
+    add("--method", nargs="+", choices=("apm", "tpt", "zero"), default=["apm"], help=methods)
+    table = "iterations in the table, with commas between"
+    add("--report-at", type=positive_ints, default="1,5,10,20,50", help=table)
+    batch = "students trained at once, which is faster on a GPU alone"
+    add("--parallel", type=positive_int, default=1, help=batch)
     args = parser.parse_args(argv)
     args.report_at = sorted({step for step in args.report_at if step <= args.iterations})
     made = args.data_root / "settings.json"  # of make_corruptions.py
@@ -85,8 +62,35 @@ def parse(argv: list[str] | None) -> Namespace:
         if levels != [1, 2, 3, 4, 5]:
             raise ValueError(f"{args.data_root}: made with severities {levels}, expected all five")
     if not args.report_at:
-        raise ValueError(f"--report-at: none is within the {args.iterations} iterations")
+        raise ValueError(f"--report-at: none is within the {args.iterations} of --iterations")
     return args
+
+
+answer_flags(__name__, parse)
+
+import torch
+from evaluation import common_rows, embed_set, print_methods, row_columns, summarise
+from methods import (
+    PEER_COLUMNS,
+    make_peer,
+    peer_cost,
+    predict,
+    run_peer,
+    run_students,
+    student_cost,
+    teacher_classes,
+    teacher_cost,
+)
+from tta_setup import build
+
+from apm.data.class_names import load_templates
+from apm.data.images import Skipped
+from apm.data.test_sets import LabelledImages, load_dataset, spread
+from apm.runtime.device import seed_everything, select_device
+from apm.runtime.logs import RowLog
+
+logger = logging.getLogger(__name__)
+NAMES = 5  # of classes, that are shown
 
 
 def doubtful_names(class_names: Iterable[str]) -> list[str]:
@@ -184,6 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         f"teacher top-1 {summary['teacher_top1']:.2f} %"
     )
     print_methods(summary["methods"])
+    print(f"{output / 'results.json'}; the same command goes on where it was stopped")
 
 
 if __name__ == "__main__":

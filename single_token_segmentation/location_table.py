@@ -8,22 +8,12 @@ was stopped goes on when it is given again.
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
-from pathlib import Path
+from functools import partial
 
-import torch
-from evaluation import embed_set, print_methods, row_columns, score
-from methods import run_students
-from tta_setup import build, location_count, make_tta_parser
+from tta_flags import location_count, make_tta_parser
 
-from apm import APM
-from apm.data.class_names import load_templates
-from apm.data.images import Skipped
-from apm.data.test_sets import load_dataset, spread
-from apm.runtime.cli import OUTPUTS, ROOT, Results, command
-from apm.runtime.device import seed_everything, select_device
-from apm.runtime.files import keep_settings, prepare_output
-from apm.runtime.logs import RowLog
-from apm.tta import TestTimeTrainer
+from apm.flags import OUTPUTS
+from apm.runtime.cli import Results, answer_flags, command
 
 ARMS = ("whole", "no-position", "no-column")
 
@@ -36,16 +26,37 @@ def location_counts(text: str) -> tuple[int, ...]:
 def parse(argv: list[str] | None) -> Namespace:
     """The script's flags."""
     parser = make_tta_parser(
-        __doc__, "--limit", "--workers", output=OUTPUTS / "location_table", iterations=20
+        __doc__,
+        *("--data-root", "--limit", "--workers"),
+        example="single_token_segmentation/location_table.py --data-root set --limit 30",
+        output=OUTPUTS / "location_table",
+        iterations=20,
+        parallel=1,
     )
-    add = parser.add_argument
-    add("--data-root", type=Path, default=ROOT / "data", help="folder with a folder a class")
-    add("--counts", type=location_counts, default="1,4,16,64,256,1024", help="of locations a step")
+    add = partial(parser.add, "test-time training")
+    counts = "numbers of locations a step, with commas between; a row of the table each"
+    add("--counts", type=location_counts, default="1,4,16,64,256,1024", help=counts)
     add("--arms", nargs="+", choices=ARMS, default=ARMS, help="what a query holds")
-    parser.set_defaults(locations="all", parallel=1)
     args = parser.parse_args(argv)
     args.report_at = [args.iterations]
     return args
+
+
+answer_flags(__name__, parse)
+
+import torch
+from evaluation import embed_set, print_methods, row_columns, score
+from methods import run_students
+from tta_setup import build
+
+from apm import APM
+from apm.data.class_names import load_templates
+from apm.data.images import Skipped
+from apm.data.test_sets import load_dataset, spread
+from apm.runtime.device import seed_everything, select_device
+from apm.runtime.files import keep_settings, prepare_output
+from apm.runtime.logs import RowLog
+from apm.tta import TestTimeTrainer
 
 
 def zero_arm(model: APM, arm: str) -> None:
@@ -109,6 +120,7 @@ def main(argv: list[str] | None = None) -> None:
             print_methods(rows[-1:])
     results.save(output, images=len(targets), skipped=len(skipped), rows=rows)
     print_methods(rows)
+    print(f"{output / 'results.json'}; the same command goes on where it was stopped")
 
 
 def table_row(name: str, log: RowLog, asked: set[int], step: int) -> dict:

@@ -20,7 +20,6 @@ from apm.runtime.device import multiply_adds, peak_bytes
 from apm.token_teachers import ClipTeacher, TokenTeacher
 from apm.tta import Adaptation, TestTimeTrainer
 
-METHODS = ("apm", "tpt", "zero")
 PEER_COLUMNS = ("index", "label", "prediction", "seconds")
 Answer = Callable[[Tensor], int]  # of views (V, 3, h, h): a class
 Cost = dict[str, float]  # of one image: GMACs, peak_GB, seconds

@@ -10,25 +10,13 @@ import sys
 import time
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-from tqdm import tqdm
-from tta_setup import build, embed, make_tta_parser
+from tta_flags import make_tta_parser
 
-from apm.data.class_names import CIFAR10_CLASSES, imagenet_names, load_templates
-from apm.data.images import load_image
-from apm.drawing import loss_figure, panels, save_gif, save_picture
-from apm.islands import island_series
-from apm.page import Page, size_caption
-from apm.predictor import left_out
-from apm.runtime.cli import OUTPUTS, ROOT, Results, command, positive_int
-from apm.runtime.device import seed_everything, select_device
-from apm.runtime.files import prepare_output
-from apm.token_teachers import ClassifierTeacher
-
-TILE = 224  # px, of a picture in the figures
+from apm.flags import OUTPUTS, ROOT, positive_int
+from apm.runtime.cli import Results, answer_flags, command
 
 
 def class_list(text: str) -> tuple[str, ...]:
@@ -41,22 +29,38 @@ def class_list(text: str) -> tuple[str, ...]:
 
 def parse(argv: list[str] | None) -> Namespace:
     """The script's flags."""
-    parser = make_tta_parser(__doc__, output=OUTPUTS / "train_tta", iterations=250)
-    add = parser.add_argument
-    add("--input", type=Path, default=ROOT / "assets" / "cat.jpg", help="image file")
-    add(
-        "--classes",
-        type=class_list,
-        help="class names, by commas (default: CIFAR-10's, of a classifier ImageNet's)",
-    )
-    add(
-        "--every",
-        type=positive_int,
-        help="iterations from islands to islands (default: a fifth of --iterations)",
-    )
+    example = "single_token_segmentation/train_tta.py --input photo.jpg --classes cat,dog,frog"
+    parser = make_tta_parser(__doc__, example=example, output=OUTPUTS / "train_tta", iterations=250)
+    photograph = ROOT / "assets" / "cat.jpg"
+    parser.add("input and output", "--input", type=Path, default=photograph, help="image file")
+    add = partial(parser.add, "test-time training")
+    names = "class names, with commas between (default: CIFAR-10's, of a classifier ImageNet's)"
+    add("--classes", type=class_list, help=names)
+    steps = "iterations from islands to islands (default: a fifth of --iterations)"
+    add("--every", type=positive_int, help=steps)
     args = parser.parse_args(argv)
     args.every = args.every or math.ceil(args.iterations / 5)
     return args
+
+
+answer_flags(__name__, parse)
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from tta_setup import build, embed
+
+from apm.data.class_names import CIFAR10_CLASSES, imagenet_names, load_templates
+from apm.data.images import load_image
+from apm.drawing import loss_figure, panels, save_gif, save_picture
+from apm.islands import island_series
+from apm.page import Page, size_caption
+from apm.predictor import left_out
+from apm.runtime.device import seed_everything, select_device
+from apm.runtime.files import prepare_output
+from apm.token_teachers import ClassifierTeacher
+
+TILE = 224  # px, of a picture in the figures
 
 
 def draw_series(
@@ -72,7 +76,10 @@ def draw_series(
         The islands in grey and in colour, ``(S, h, w, 3)`` in [0, 1].
     """
     series = np.stack(list(grids.values()))
-    greys, colours = (island_series(series, channels, seed) for channels in (1, 3))
+    greys, colours = (
+        island_series(series, channels, seed, partial(tqdm, desc=name, unit="picture"))
+        for channels, name in ((1, "islands in grey"), (3, "islands in colour"))
+    )
     upper, lower = {"input": picture}, {"": np.full_like(picture, 255)}
     frames = []
     for step, grey, colour in zip(grids, greys, colours, strict=True):
@@ -106,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     preprocessing, side = trainer.model.preprocessing, trainer.model.config.grid_size
     kept = [*range(args.every, args.iterations, args.every), args.iterations]
     started = time.perf_counter()
-    with tqdm(total=args.iterations, unit="step") as progress:
+    with tqdm(total=args.iterations, desc="training", unit="step") as progress:
         adapted = trainer.adapt(preprocessing(image), target, kept, progress.update)
     seconds = time.perf_counter() - started
 
@@ -140,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         best = max(shares, key=shares.__getitem__)
         print(f"{name}: {best} ({shares[best]:.3f})")
     print(page)
-    print(output / "islands.png")
+    print(f"{output / 'islands.png'}; to explore, open {output / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from apm import islands
+from apm.choices import METHODS
 from apm.islands import (
-    METHODS,
     Palette,
     interpolate,
     island_colours,

@@ -4,9 +4,9 @@ import torch
 from conftest import make_model, photograph
 from PIL import Image
 
+from apm.choices import ORDERS
 from apm.consensus import agree
 from apm.predictor import (
-    ORDERS,
     answer_grid,
     answer_in_turn,
     crop_report,

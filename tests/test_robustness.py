@@ -26,7 +26,8 @@ from zygote import Zygote
 from apm import save_model
 from apm.data.images import find_images, load_image
 from apm.drawing import save_picture
-from apm.runtime.cli import command, make_parser
+from apm.flags import make_parser
+from apm.runtime.cli import command
 from apm.runtime.files import (
     LOCK,
     atomic_path,

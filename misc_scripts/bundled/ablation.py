@@ -11,34 +11,13 @@ import re
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from thumbnail import start_as_thumbnail
-from token_fold import TokenFold
-from torch import nn
-
-from apm import APM, APMConfig
-from apm.config import TrainConfig
-from apm.data.features import open_store
-from apm.data.images import Skipped, file_sizes, image_names, load_images
-from apm.predictor import perceive
-from apm.runtime.cli import OUTPUTS, Results, command, make_parser, take_fields
-from apm.runtime.device import seed_everything, select_device
-from apm.runtime.files import (
-    file_sha256,
-    keep_settings,
-    listing_sha256,
-    prepare_output,
-    read_json,
-)
-from apm.scores import island_scores, mask_labels, mean_scores, pair_with_masks
-from apm.teachers import load_dense_teacher
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where train.py is
-import train
-from training_run import load_inputs
+from apm.config import APMConfig, TrainConfig
+from apm.flags import OUTPUTS, make_parser, take_fields
+from apm.runtime.cli import Results, answer_flags, command
 
 VALIDATION_IMAGES = 64
 BASE = (
@@ -86,16 +65,46 @@ def parse(argv: list[str] | None) -> Namespace:
     parser = make_parser(
         __doc__,
         *("--input", "--output", "--teacher", "--teacher-weights", "--device", "--workers"),
+        required=["--masks"],
+        example="misc_scripts/bundled/ablation.py --scored photographs --masks masks --rows base",
         input=OUTPUTS / "resized",
         output=OUTPUTS / "ablation",
         teacher="vit_tiny_patch16_224",
     )
-    add = parser.add_argument
-    add("--stores", type=Path, default=OUTPUTS / "stores", help="folder of feature stores")
-    add("--scored", type=Path, required=True, help="images to score on")
-    add("--masks", type=Path, required=True, help="their semantic masks, PNG of class ids")
-    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="what to change", metavar="ROW")
+    add = partial(parser.add, "input and output")
+    stores = "folder of feature stores, each named by its teacher's block"
+    add("--stores", type=Path, default=OUTPUTS / "stores", help=stores)
+    add("--scored", type=Path, required=True, help="folder of the images to score on, with --masks")
+    rows = {"nargs": "+", "choices": ROWS, "default": list(ROWS), "metavar": "ROW"}
+    parser.add("training", "--rows", help="what to change, each in quotes", **rows)
     return parser.parse_args(argv)
+
+
+answer_flags(__name__, parse)
+
+import torch
+from thumbnail import start_as_thumbnail
+from token_fold import TokenFold
+from torch import nn
+
+from apm import APM
+from apm.data.features import open_store
+from apm.data.images import Skipped, file_sizes, image_names, load_images
+from apm.predictor import perceive
+from apm.runtime.device import seed_everything, select_device
+from apm.runtime.files import (
+    file_sha256,
+    keep_settings,
+    listing_sha256,
+    prepare_output,
+    read_json,
+)
+from apm.scores import island_scores, mask_labels, mean_scores, pair_with_masks
+from apm.teachers import load_dense_teacher
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where train.py is
+import train
+from training_run import load_inputs
 
 
 def train_row(name: str, args: Namespace, device: torch.device) -> APM:
@@ -165,6 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         rows[name] = score(train_row(name, args, device), pairs)
         results.save(output, rows=rows)
         print(f"{name:40} ARI {rows[name]['ari']:.3f}  NMI {rows[name]['nmi']:.3f}", flush=True)
+    print(f"{path}; a row's checkpoint is in its folder beside it")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,45 @@
 """Draw the README's figure of consensus: islands after some steps, in one palette."""
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
+from apm.flags import OUTPUTS, ROOT, make_parser
+from apm.runtime.cli import answer_flags, command
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """The script's flags."""
+    parser = make_parser(
+        __doc__,
+        *("--checkpoint", "--input", "--output", "--grid", "--device", "--seed"),
+        example="misc_scripts/bundled/draw_consensus.py --input photo.jpg",
+        input=ROOT / "assets" / "coffee.jpg",
+        output=OUTPUTS / "consensus",
+        grid=128,
+    )
+    return parser.parse_args(argv)
+
+
+answer_flags(__name__, parse)
+
 import numpy as np
+from tqdm import tqdm
 
 from apm import load_model
 from apm.data.images import load_image
 from apm.drawing import panels, save_picture, shape_of
 from apm.islands import Palette
 from apm.predictor import perceive
-from apm.runtime.cli import OUTPUTS, command, make_parser
 from apm.runtime.device import seed_everything, select_device
-from apm.runtime.files import ROOT, prepare_output
+from apm.runtime.files import prepare_output
 
 STEPS = (0, 1, 3)
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(
-        __doc__,
-        *("--checkpoint", "--input", "--output", "--grid", "--device", "--seed"),
-        input=ROOT / "assets" / "coffee.jpg",
-        output=OUTPUTS / "consensus",
-        grid=128,
-    )
-    args = parser.parse_args(argv)
+    args = parse(argv)
     device = select_device(args.device)
     image = load_image(args.input)
     model = load_model(args.checkpoint, device)
@@ -38,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     palette = Palette(np.stack([percept.features for percept in few]), seed=args.seed)
     row = {"input": grids[0].picture}
-    for steps, percept in zip(STEPS, grids, strict=True):
+    for steps, percept in zip(tqdm(STEPS, unit="picture"), grids, strict=True):
         row[f"{steps} step{'s' * (steps != 1)} of consensus"] = palette(percept.features)
     save_picture(output / "consensus.png", panels([row], shape_of(grids[0].picture)))
     print(output / "consensus.png")

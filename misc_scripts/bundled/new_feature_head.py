@@ -1,19 +1,35 @@
 """Write a checkpoint that answers features of another width, for train.py to go on from.
 
 The feature head is new, and the colours do not depend on features at first. All else is kept.
-
-    python misc_scripts/bundled/new_feature_head.py --feature-dim 384 --output start.safetensors
-    python misc_scripts/train.py --init start.safetensors --fold-rate 0.1
 """
 
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+
+from apm.flags import OUTPUTS, make_parser
+from apm.runtime.cli import answer_flags, command
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """The script's flags."""
+    parser = make_parser(
+        __doc__,
+        *("--checkpoint", "--seed"),
+        required=["--feature-dim"],
+        example="misc_scripts/bundled/new_feature_head.py --feature-dim 384",
+    )
+    output, help = OUTPUTS / "start.safetensors", "checkpoint to write"
+    parser.add("input and output", "--output", type=Path, default=output, help=help)
+    return parser.parse_args(argv)
+
+
+answer_flags(__name__, parse)
 
 from torch import nn
 
 from apm import APM, load_model, save_model
-from apm.runtime.cli import OUTPUTS, command, make_parser, positive_int
 from apm.runtime.device import seed_everything
 
 
@@ -31,14 +47,12 @@ def with_features(model: APM, width: int) -> APM:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__, "--checkpoint", "--seed")
-    add = parser.add_argument
-    add("--output", type=Path, default=OUTPUTS / "start.safetensors", help="checkpoint to write")
-    add("--feature-dim", type=positive_int, required=True, help="width of the features")
-    args = parser.parse_args(argv)
+    args = parse(argv)
     seed_everything(args.seed)
     save_model(args.output, with_features(load_model(args.checkpoint), args.feature_dim))
-    print(args.output)
+    print(
+        f"{args.output}; train it with misc_scripts/train.py --fold-rate 0.1 --init {args.output}"
+    )
 
 
 if __name__ == "__main__":

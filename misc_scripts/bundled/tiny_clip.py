@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from tqdm import tqdm
 
 from apm.checkpoint import save_tensors
 from apm.config import TrainConfig
@@ -131,7 +132,7 @@ def separate_classes(model: CLIP, tokens: Tensor, *, steps: int = 100, seed: int
     text = [p for name, p in model.named_parameters() if not name.startswith("visual.")]
     optimizer = torch.optim.AdamW(text, lr=1e-3, fused=True)
     labels = torch.arange(len(tokens), device=tokens.device)
-    for _ in range(steps):
+    for _ in tqdm(range(steps), "text tower", unit="step"):
         drawn = torch.randint(tokens.shape[1], (2, len(tokens)), generator=generator)
         one, other = (
             F.normalize(model.encode_text(tokens[labels, templates]), dim=-1)

@@ -10,8 +10,41 @@ import hashlib
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from apm.flags import OUTPUTS, make_parser, positive_int
+from apm.runtime.cli import Results, answer_flags, command
+
+STATE = "last.pth"
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """The script's flags."""
+    parser = make_parser(
+        __doc__,
+        *("--output", "--teacher", "--teacher-weights", "--device", "--dtype", "--seed"),
+        *("--batch-size", "--limit", "--data-root", "--download", "--templates", "--save-every"),
+        "--resume",
+        example="misc_scripts/bundled/train_clip.py --download --resume",
+        output=OUTPUTS / "train_clip",
+        teacher="vit_tiny_patch16_224",
+        batch_size=64,
+        templates="clip80",
+        save_every=50,
+    )
+    add = partial(parser.add, "training")
+    parser.add("model", "--layers", type=positive_int, default=6, help="blocks of the image tower")
+    add("--steps", type=positive_int, default=800, help="batches, each of other images in an epoch")
+    add("--learning-rate", type=float, default=2e-4, help="peak learning rate of AdamW")
+    args = parser.parse_args(argv)
+    if (args.output / STATE).exists() and not args.resume:
+        raise ValueError(f"{args.output}: holds a run; add --resume or choose another --output")
+    return args
+
+
+answer_flags(__name__, parse)
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -25,39 +58,12 @@ from apm.config import TrainConfig
 from apm.data.class_names import SINGLE, load_templates
 from apm.data.images import Skipped
 from apm.data.test_sets import LabelledImages, read_batches, spread
-from apm.runtime.cli import OUTPUTS, Results, command, make_parser, positive_int
 from apm.runtime.device import seed_everything, select_device
-from apm.runtime.files import ROOT, file_sha256, keep_settings, prepare_output
+from apm.runtime.files import file_sha256, keep_settings, prepare_output
 from apm.teachers import load_dense_teacher
 from apm.token_teachers import TokenTeacher, load_token_teacher
 
 SIZE, PATCH = 32, 4  # px
-STATE = "last.pth"
-
-
-def parse(argv: list[str] | None) -> Namespace:
-    """The script's flags."""
-    parser = make_parser(
-        __doc__,
-        *("--output", "--teacher", "--teacher-weights", "--device", "--dtype", "--seed"),
-        *("--batch-size", "--limit"),
-        output=OUTPUTS / "train_clip",
-        teacher="vit_tiny_patch16_224",
-        batch_size=64,
-    )
-    add = parser.add_argument
-    add("--data-root", type=Path, default=ROOT / "data", help="folder of the data set")
-    add("--download", action="store_true", help="let torchvision fetch CIFAR-10")
-    add("--templates", default="clip80", help="prompts besides a photo of a {}: clip80 or a file")
-    add("--layers", type=positive_int, default=6, help="blocks of the image tower")
-    add("--steps", type=positive_int, default=800, help="batches, each of other images in an epoch")
-    add("--learning-rate", type=float, default=2e-4, help="peak learning rate")
-    add("--save-every", type=positive_int, default=50, help="steps from save to save")
-    add("--resume", action="store_true", help="go on from --output's last state, if there is one")
-    args = parser.parse_args(argv)
-    if (args.output / STATE).exists() and not args.resume:
-        raise ValueError(f"{args.output}: holds a run; add --resume or choose another --output")
-    return args
 
 
 def build(
@@ -171,7 +177,6 @@ def main(argv: list[str] | None = None) -> None:
     accuracies, lost = zero_shot(load_token_teacher(str(path)), test, args.limit)
     for choice, accuracy in accuracies.items():
         print(f"zero-shot top-1, {choice}: {accuracy:.2f} %")
-    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
     results.save(
         output,
         classes=training.class_names,
@@ -182,6 +187,8 @@ def main(argv: list[str] | None = None) -> None:
         zero_shot_top1=accuracies,
         history=history,
     )
+    size = path.stat().st_size / 1e6
+    print(f"{path}: {size:.2f} MB; learn from it with train_tta.py --teacher {path}")
 
 
 if __name__ == "__main__":

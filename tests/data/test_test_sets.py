@@ -5,9 +5,10 @@ import pytest
 from conftest import photograph
 from tiny_clip_data import load_splits
 
+from apm.choices import CORRUPTIONS, DATASETS
 from apm.data.class_names import CIFAR10_CLASSES
 from apm.data.images import UnreadableImage, find_images
-from apm.data.test_sets import CORRUPTIONS, DATASETS, load_dataset, spread
+from apm.data.test_sets import load_dataset, spread
 
 
 def test_a_folder_of_class_folders(tmp_path):

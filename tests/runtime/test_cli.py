@@ -11,16 +11,8 @@ import pytest
 import torch
 
 from apm.config import TrainConfig
-from apm.runtime.cli import (
-    OUTPUTS,
-    Results,
-    Stop,
-    add_fields,
-    command,
-    make_parser,
-    positive_int,
-    take_fields,
-)
+from apm.flags import OUTPUTS, add_fields, make_parser, positive_int, take_fields
+from apm.runtime.cli import Results, Stop, command
 from apm.runtime.files import ROOT
 
 
@@ -119,7 +111,7 @@ class Fields:
 
 
 def take(kind, *argv):
-    parser = make_parser("")
+    parser = make_parser("", "--seed", "--dtype")
     add_fields(parser, kind)
     return take_fields(kind, parser.parse_args(argv))
 
@@ -145,7 +137,10 @@ def test_numbers_of_at_least_1(text):
 
 def test_help_shows_defaults_as_they_are_typed(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    parser = make_parser("What it does.", "--seed", "--limit", "--output", output=OUTPUTS / "x%y")
+    flags, required = ("--seed", "--limit", "--output", "--teacher-block"), ["--masks"]
+    parser = make_parser(
+        *("What it does.", *flags), required=required, output=OUTPUTS / "x%y", teacher_block=-1
+    )
     add = parser.add_argument
     add("--input", type=Path, nargs=2, default=(ROOT / "assets" / "a.jpg", Path("b.jpg")), help="p")
     add("--report-at", default=(1, 5, 10), help="q")
@@ -163,11 +158,16 @@ def test_help_shows_defaults_as_they_are_typed(capsys, monkeypatch):
         " r (default: /elsewhere)",
         " how fast (default: 1.0)",
         " s\n",
-        " t\n",
+        " t (default: none)\n",
+        "named as the images (required)\n",
+        "-1 the last (default: -1)\n",
         " whether\n",
     ):
         assert line in printed, line
     assert "None" not in printed and "False" not in printed and str(ROOT) not in printed
+    groups = ["input and output:", "model:", "training:", "machine:"]
+    assert [line for line in printed.splitlines() if line in groups] == groups
+    assert "picture:" not in printed  # which would be empty
 
 
 def test_results_are_kept_with_their_origin(tmp_path):

@@ -7,10 +7,10 @@ import pytest
 from conftest import load_script, photograph
 from PIL import Image
 
-from apm.data.test_sets import CORRUPTIONS
+from apm.choices import CORRUPTIONS, SEVERITIES
 
 corruptions = load_script("misc_scripts/corruptions.py")
-PARAMETERS, SEVERITIES = corruptions.PARAMETERS, corruptions.SEVERITIES
+PARAMETERS = corruptions.PARAMETERS
 SETS = ("cifar", "imagenet")
 WITHOUT_CHANCE = {"defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate"}
 WITHOUT_CHANCE |= {"jpeg_compression"}

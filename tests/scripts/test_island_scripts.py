@@ -429,12 +429,3 @@ def test_the_strip_says_that_it_is_of_the_columns_alone(interpolate, monkeypatch
 def test_interpolate_refuses_one_step(interpolate, capsys):
     assert interpolate("--steps", "1")[0] == 2
     assert "--steps 1" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "script", ["predict_test_image", "visualize_coco", "interpolate", "misc_scripts/hinton_islands"]
-)
-def test_defaults_are_readable(script, capsys):
-    with pytest.raises(SystemExit):
-        load_script(f"{script}.py").main(["--help"])
-    assert "PosixPath" not in capsys.readouterr().out

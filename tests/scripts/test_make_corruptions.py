@@ -10,8 +10,9 @@ import pytest
 from conftest import load_script, photograph
 from PIL import Image
 
+from apm.choices import CORRUPTIONS
 from apm.data.class_names import CIFAR10_CLASSES
-from apm.data.test_sets import CORRUPTIONS, load_dataset
+from apm.data.test_sets import load_dataset
 
 corruptions = load_script("misc_scripts/corruptions.py")
 

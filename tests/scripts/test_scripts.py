@@ -1,6 +1,12 @@
 """The scripts together: from photographs to islands, and what all of them have in common."""
 
+import ast
 import json
+import os
+import shlex
+import subprocess
+import sys
+from argparse import ArgumentParser
 
 import pytest
 import timm
@@ -10,7 +16,6 @@ from PIL import Image
 
 from apm import APMConfig, load_model
 from apm.data.features import FeatureStore
-from apm.runtime.cli import FLAGS
 
 
 @pytest.fixture
@@ -83,17 +88,67 @@ SCRIPTS = [
 ]
 
 
+SLOW = {"torch", "torchvision", "timm", "sklearn", "scipy", "matplotlib", "PIL"}  # to import
+
+
+def run(script, *arguments):
+    """A script run as a program: the process, and the packages that it imported."""
+    command = [sys.executable, "-X", "importtime", script, *arguments]
+    # No columns: a wrapped line would hide what is looked for.
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"COLUMNS": "9999"}, capture_output=True, text=True
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return done, {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
-def test_help_says_what_the_script_does(script, capsys):
-    module = load_script(str(script))
-    with pytest.raises(SystemExit) as exit:
-        module.main(["--help"])
-    assert exit.value.code == 0
-    assert module.__doc__.strip().splitlines()[0] in capsys.readouterr().out
+def test_help_says_all_and_waits_for_nothing(script):
+    done, imported = run(script, "--help")
+    assert done.returncode == 0 and "argparse" in imported
+    assert not imported & SLOW
+    doc = ast.get_docstring(ast.parse((ROOT / script).read_text(encoding="utf-8")))
+    assert doc.splitlines()[0] in done.stdout
+    assert str(ROOT) not in done.stdout and "PosixPath" not in done.stdout
 
 
-def test_shared_flags_are_kebab_case():
-    assert all(flag == flag.lower() and "_" not in flag for flag in FLAGS)
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--steps", "x"], "argument --steps: invalid positive_int value: 'x'"),  # argparse's own
+        (["--steps", "1"], "--steps 1: expected at least 2"),  # the script's own
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_a_wrong_flag_is_refused_at_once(arguments, reason):
+    done, imported = run("interpolate.py", *arguments)
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2 and len(said) == 1
+    assert said[0].startswith("interpolate.py: error: ") and reason in said[0]
+    assert not imported & SLOW
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_flags_are_grouped_and_explained_and_the_example_is_right(script, monkeypatch):
+    module, parsers, parse_args = load_script(str(script)), [], ArgumentParser.parse_args
+
+    def keep(parser, argv):
+        parsers.append(parser)
+        return parse_args(parser, argv)
+
+    if not hasattr(module, "answer_flags"):
+        pytest.skip("of download.sh: runs without this project")
+    monkeypatch.setattr(ArgumentParser, "parse_args", keep)
+    with pytest.raises(SystemExit):
+        module.parse(["--help"])
+    [parser] = parsers
+    [line] = parser.epilog.removeprefix("example:\n").splitlines()
+    python, name, *arguments = shlex.split(line)
+    assert (python, name) == ("python", str(script))
+    module.parse(arguments)
+    grouped = [flag for group in parser.groups.values() for flag in group._group_actions]
+    assert {flag.dest for flag in grouped} == {flag.dest for flag in parser._actions} - {"help"}
+    assert all(flag.help and "_" not in flag.option_strings[0] for flag in grouped)
 
 
 def test_the_bundled_checkpoint_is_small_and_has_the_local_patch():
