@@ -151,7 +151,7 @@ fetch_coco() {
 }
 
 main() {
-    local target
+    local target next
     (($# > 0)) || set -- coco-val checkpoint
     for target; do
         case $target in
@@ -160,7 +160,11 @@ main() {
                 sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]##*/}"
                 return
                 ;;
-            *) die "$target: expected checkpoint, coco-val, coco-train or all (see --help)" ;;
+            *)
+                echo "download.sh: $target: expected checkpoint, coco-val, coco-train or all" \
+                    "(see --help)" >&2
+                exit 2
+                ;;
         esac
     done
     if [[ " $* " == *' all '* ]]; then set -- coco-val coco-train checkpoint; fi
@@ -172,10 +176,20 @@ main() {
     fi
     for target; do
         case $target in
-            checkpoint) fetch_checkpoint ;;
-            coco-val) fetch_coco val2017 5000 ;;
-            coco-train) fetch_coco train2017 118287 ;;
+            checkpoint)
+                fetch_checkpoint
+                next="predict_test_image.py --checkpoint checkpoints/model_15.pth"
+                ;;
+            coco-val)
+                fetch_coco val2017 5000
+                next="visualize_coco.py --input data/coco/val2017 --limit 50"
+                ;;
+            coco-train)
+                fetch_coco train2017 118287
+                next="misc_scripts/resize_coco_images.py --input data/coco/train2017"
+                ;;
         esac
+        echo "next: python $next"
     done
 }
 

@@ -80,8 +80,8 @@ def build_teacher(args: Namespace, model: APM, device: torch.device) -> DenseTea
     )
     if teacher.feature_dim != model.config.feature_dim:
         raise ValueError(
-            f"teacher {name!r} has features of width {teacher.feature_dim}, the checkpoint answers "
-            f"{model.config.feature_dim}: name the teacher that it learnt from"
+            f"--teacher {name!r} has features of width {teacher.feature_dim}, the checkpoint "
+            f"answers {model.config.feature_dim}: name the teacher that it learnt from"
         )
     return teacher.to(device)
 

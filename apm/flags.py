@@ -64,7 +64,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--download": _switch("let torchvision fetch the data set into --data-root"),
         "--masks": _flag(Path, "folder of semantic masks: PNG of class ids, named as the images"),
         "--limit": _flag(positive_int, "at most this many images (default: all)"),
-        "--output": _flag(Path, "folder for the results, made if need be"),
+        "--output": _flag(Path, "folder for the results"),
         "--save-features": _switch("also write features, colours and islands as arrays, .npz"),
     },
     "model": {

@@ -42,10 +42,10 @@ def sketch(name: str, **settings: Any) -> Any:
     own_name = timm_name(name)
     architecture, _, tag = own_name.partition(".")
     if not timm.is_model(architecture):
-        raise ValueError(f"teacher {name!r} is not a model of timm {timm.__version__}")
+        raise ValueError(f"--teacher {name!r} is not a model of timm {timm.__version__}")
     tagged = timm.list_models(f"{architecture}.*", include_tags=True)
     if tag and own_name not in tagged:
-        raise ValueError(f"teacher {name!r}: timm has no such weights, but {', '.join(tagged)}")
+        raise ValueError(f"--teacher {name!r}: timm has no such weights, but {', '.join(tagged)}")
     with torch.device("meta"):
         return timm.create_model(own_name, **settings)
 
@@ -55,7 +55,7 @@ def load_timm(
 ) -> Any:
     """A model of timm with its weights, of which a file need not hold the ``unused`` parts."""
     if not weights:
-        with refusing(f"teacher {name!r}: its weights could not be downloaded; {WAY_OUT}"):
+        with refusing(f"--teacher {name!r}: its weights could not be downloaded; {WAY_OUT}"):
             return timm.create_model(timm_name(name), pretrained=True, **settings)
     if not weights.is_file():
         raise FileNotFoundError(f"{weights}: no such teacher weights file")
@@ -171,7 +171,7 @@ def load_dense_teacher(
     """
     vit = sketch(name)
     if not isinstance(vit, VisionTransformer):
-        raise ValueError(f"teacher {name!r} is a {type(vit).__name__}, expected a plain ViT")
+        raise ValueError(f"--teacher {name!r} is a {type(vit).__name__}, expected a plain ViT")
     if not 0 <= margin < grid_size:
         raise ValueError(f"--teacher-margin {margin}: must be in 0..{grid_size - 1} patches")
     block_index(block, vit.blocks)  # before a download

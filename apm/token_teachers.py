@@ -111,16 +111,18 @@ def load_token_teacher(name: str, weights: Path | None = None) -> TokenTeacher:
         head = sketch(name).get_classifier()  # before a download
         if not isinstance(head, nn.Linear) or head.bias is None or head.out_features != 1000:
             raise ValueError(
-                f"teacher {name!r}: has no linear head of the 1000 classes of ImageNet-1k; a CLIP "
-                "goes by its name in the clip package or as open_clip:MODEL/PRETRAINED"
+                f"--teacher {name!r}: has no linear head of the 1000 classes of ImageNet-1k; a "
+                "CLIP goes by its name in the clip package or as open_clip:MODEL/PRETRAINED"
             )
         teacher = ClassifierTeacher(load_timm(name, weights))
     elif weights:
-        raise ValueError(f"weights {weights}: only for a classifier of timm, not for {name!r}")
+        raise ValueError(
+            f"--teacher-weights {weights}: only for a classifier of timm, not {name!r}"
+        )
     else:
         teacher, weights = _load_clip(name)
         if not all(tensor.isfinite().all() for tensor in teacher.state_dict().values()):
-            raise ValueError(f"teacher {name!r}: holds numbers that are not finite")
+            raise ValueError(f"--teacher {name!r}: holds numbers that are not finite")
         if weights:  # recorded by the file's name
             name = name.replace(str(weights), weights.name)
     teacher.identity = identify(name, weights)
@@ -134,7 +136,7 @@ def _load_clip(name: str) -> tuple[ClipTeacher, Path | None]:
         try:
             import open_clip
         except ImportError as error:
-            raise ValueError(f"teacher {name!r} needs: pip install open_clip_torch") from error
+            raise ValueError(f"--teacher {name!r} needs: pip install open_clip_torch") from error
         known = open_clip.list_pretrained_tags_by_model(model_name) or open_clip.list_models()
     else:
         with warnings.catch_warnings(action="ignore"):  # of pkg_resources
@@ -142,9 +144,9 @@ def _load_clip(name: str) -> tuple[ClipTeacher, Path | None]:
         source, known = name, clip.available_models()
     file = None if source in known else Path(source)
     if file and not file.is_file():
-        raise ValueError(f"teacher {name!r}: no file, no model of timm, none of {', '.join(known)}")
+        raise ValueError(f"--teacher {name!r}: no file, not timm's, none of {', '.join(known)}")
     reason = "this file is no such CLIP" if file else "could not be had; name a local file"
-    with refusing(f"teacher {name!r}: {reason}"), warnings.catch_warnings(action="ignore"):
+    with refusing(f"--teacher {name!r}: {reason}"), warnings.catch_warnings(action="ignore"):
         if is_open:
             model, _, preprocess = open_clip.create_model_and_transforms(model_name, source)
             return ClipTeacher(model, preprocess, open_clip.get_tokenizer(model_name)), file

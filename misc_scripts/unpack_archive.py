@@ -70,12 +70,14 @@ def unpack(path: Path, output: Path, inside: str = "", images: int | None = None
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog="example:\n  python misc_scripts/unpack_archive.py --input a.zip --output folder",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--input", type=Path, required=True, help="zip archive")
-    parser.add_argument("--output", type=Path, required=True, help="folder that it becomes")
+    parser.add_argument("--input", type=Path, required=True, help="zip archive (required)")
+    parser.add_argument("--output", type=Path, required=True, help="its new folder (required)")
     parser.add_argument("--inside", default="", help="folder of the archive to take (default: all)")
-    parser.add_argument("--images", type=int, help="how many .jpg it must hold")
+    parser.add_argument("--images", type=int, help="how many .jpg it must hold (default: any)")
     args = parser.parse_args(argv)
     try:
         unpack(args.input, args.output, args.inside, args.images)

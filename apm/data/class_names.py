@@ -33,7 +33,7 @@ def load_templates(choice: str) -> tuple[str, ...]:
         return SINGLE
     path = CLIP80 if choice == "clip80" else Path(choice)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file of templates (or single, clip80)")
+        raise FileNotFoundError(f"--templates {path}: no such file of templates; or single, clip80")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

@@ -58,7 +58,9 @@ def prepare_output(folder: str | Path) -> Path:
             f"{folder}: another run writes there now; wait for it or choose another --output"
         ) from error
     except OSError as error:
-        raise ValueError(f"{folder}: cannot write output there ({error.strerror})") from error
+        raise ValueError(
+            f"{folder}: cannot write output there ({error.strerror}); choose another --output"
+        ) from error
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not Path(parent, name, LOCK).exists()]
         for name in names:

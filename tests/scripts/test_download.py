@@ -306,7 +306,7 @@ def test_a_full_disk_is_known_before(download, server, coco_zip, tmp_path):
 def test_an_unknown_word_is_refused(download):
     for words in (["everything"], ["all", "everything"]):
         done = download(*words)
-        assert done.returncode == 1 and "everything: expected checkpoint" in done.stderr
+        assert done.returncode == 2 and "everything: expected checkpoint" in done.stderr
     assert download("--help").stdout.startswith("Download what")
 
 
