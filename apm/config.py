@@ -98,14 +98,10 @@ class TrainConfig:
     learning_rate: float = _flag(1e-4, "peak learning rate of AdamW")
     fold_rate: float = _flag(1.0, "share of it for the fold and the RGB head's first layer, 0 to 1")
     weight_decay: float = _flag(0.0, "decoupled weight decay")
-    schedule: str = _flag(
-        "constant", "of the learning rate; cosine ends at 0", choices=("constant", "cosine")
-    )
+    schedule: str = _flag("constant", "of the learning rate", choices=("constant", "cosine"))
     warmup: int = _flag(0, "steps in which the learning rate rises")
     locations: int = _flag(1024, "random places a step, of the grid's 1024; fewer are faster")
-    null_share: float = _flag(
-        0.3, "share of a batch, 0 to 1, that is answered from the column alone, without patches"
-    )
+    null_share: float = _flag(0.3, "share of a batch that is answered from the column alone")
     feature_loss: str = _flag(
         "mse",
         "how answers are compared with the teacher's features. mse: squared error, the paper's. "

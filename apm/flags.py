@@ -2,8 +2,9 @@
 
 import argparse
 import dataclasses
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,20 +16,19 @@ CHECKPOINT = ROOT / "checkpoints" / "apm_small.safetensors"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
-def positive_int(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
+def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least ``low``, and at most ``high``."""
+
+    def number(text: str) -> int:
+        if not low <= int(text) <= high:
+            most = f" and at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low}{most}")
+        return int(text)
+
+    return number
 
 
-def whole_number(text: str) -> int:
-    """An argparse type: a whole number of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 0")
-    return value
+positive_int, whole_number = whole(1), whole(0)
 
 
 def worker_count(text: str) -> int:
@@ -36,41 +36,25 @@ def worker_count(text: str) -> int:
     return min(whole_number(text), os.cpu_count() or 1)
 
 
-def grid_size(text: str) -> int:
-    """An argparse type: how many places a picture has along its longer side."""
-    value = int(text)
-    if not 1 <= value <= 448:
-        raise argparse.ArgumentTypeError(f"{text} must be in 1..448, at most one place a pixel")
-    return value
+def _flag(kind: Any, text: str, **more: Any) -> dict[str, Any]:
+    """What argparse wants of a flag of a type, or with choices, or of a switch (None)."""
+    if kind is None:
+        return {"action": "store_true", "help": text}
+    return {"choices" if isinstance(kind, tuple) else "type": kind, "help": text, **more}
 
 
-def _flag(type: Any, text: str, **more: Any) -> dict[str, Any]:
-    return {"type": type, "help": text, **more}
-
-
-def _choice(choices: tuple, text: str, **more: Any) -> dict[str, Any]:
-    return {"choices": choices, "help": text, **more}
-
-
-def _switch(text: str) -> dict[str, Any]:
-    return {"action": "store_true", "help": text}
-
-
-# Group -> flag -> what argparse wants of it.
-FLAGS: dict[str, dict[str, dict[str, Any]]] = {
+FLAGS: dict[str, dict[str, dict[str, Any]]] = {  # by groups, in the order of --help
     "input and output": {
         "--input": _flag(Path, "image file, or folder searched for images"),
         "--data-root": _flag(Path, "folder of the data set", default=ROOT / "data"),
-        "--download": _switch("let torchvision fetch the data set into --data-root"),
+        "--download": _flag(None, "let torchvision fetch the data set into --data-root"),
         "--masks": _flag(Path, "folder of semantic masks: PNG of class ids, named as the images"),
         "--limit": _flag(positive_int, "at most this many images (default: all)"),
         "--output": _flag(Path, "folder for the results"),
-        "--save-features": _switch("also write features, colours and islands as arrays, .npz"),
+        "--save-features": _flag(None, "also write features, colours and islands, as .npz"),
     },
     "model": {
-        "--checkpoint": _flag(
-            Path, "ours (.safetensors) or the paper's (.pth)", default=CHECKPOINT
-        ),
+        "--checkpoint": _flag(Path, "ours (.safetensors), the paper's (.pth)", default=CHECKPOINT),
         "--feature-dim": _flag(positive_int, "width of the features, the teacher's"),
         "--teacher": _flag(str, "dense teacher: a plain ViT by timm's name"),
         "--teacher-weights": _flag(Path, "file of its weights (default: timm's, downloaded)"),
@@ -79,15 +63,13 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         ),
         "--teacher-margin": _flag(
             int,
-            "patches that images are continued by on each side, mirrored, before the teacher sees "
-            "them: its tokens at a border are often outliers (default: the checkpoint's)",
+            "patches that images are continued by on each side, mirrored, as a teacher's tokens at "
+            "a border are often outliers (default: the checkpoint's)",
         ),
     },
     "picture": {
-        "--grid": _flag(
-            grid_size, "places asked along each side, 1 to 448 (default: the model's own)"
-        ),
-        "--fit": _choice(
+        "--grid": _flag(whole(1, 448), "places along a side, 1 to 448 (default: the model's own)"),
+        "--fit": _flag(
             FITS,
             "how a photograph becomes the square that the model sees. stretch: all of it, shown in "
             "its own shape. crop: its centre alone, as in training",
@@ -98,14 +80,14 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
             "what the model answers, 1 makes islands smoother, more let small ones vanish",
             default=0,
         ),
-        "--method": _choice(
+        "--method": _flag(
             METHODS,
             "how islands are coloured. tsne: neighbours in feature space get like colours; seconds "
             "a picture, most of the time. pca: the three principal components as RGB; nearly the "
             "same picture, at once. kmeans: six clusters, a flat colour each; at once",
             default="tsne",
         ),
-        "--joint": _switch("one palette: like colours are like features in all of the pictures"),
+        "--joint": _flag(None, "one palette: like colours are like features in all pictures"),
     },
     "test-time training": {
         "--templates": _flag(
@@ -115,16 +97,12 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         ),
     },
     "training": {
-        "--save-every": _flag(
-            positive_int, "steps from one saved state to the next (default: one an epoch)"
-        ),
-        "--resume": _switch("go on from --output's last state, if there is one"),
+        "--save-every": _flag(positive_int, "steps between saved states (default: one an epoch)"),
+        "--resume": _flag(None, "go on from --output's last state, if there is one"),
     },
     "machine": {
-        "--device": _choice(DEVICES, "auto is CUDA, else MPS, else the CPU", default="auto"),
-        "--dtype": _choice(
-            DTYPES, "of matrix products; bfloat16 is faster on most GPUs", default="float32"
-        ),
+        "--device": _flag(DEVICES, "auto is CUDA, else MPS, else the CPU", default="auto"),
+        "--dtype": _flag(DTYPES, "of products; bfloat16: faster on GPUs", default="float32"),
         "--batch-size": _flag(positive_int, "images at a time; fewer take less memory", default=8),
         "--chunk-size": _flag(
             positive_int, "places answered at a time; fewer take less memory (default: 16384)"

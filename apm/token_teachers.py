@@ -144,7 +144,8 @@ def _load_clip(name: str) -> tuple[ClipTeacher, Path | None]:
         source, known = name, clip.available_models()
     file = None if source in known else Path(source)
     if file and not file.is_file():
-        raise ValueError(f"--teacher {name!r}: no file, not timm's, none of {', '.join(known)}")
+        others = ", ".join(known)
+        raise ValueError(f"--teacher {name!r}: no file, no model of timm, none of {others}")
     reason = "this file is no such CLIP" if file else "could not be had; name a local file"
     with refusing(f"--teacher {name!r}: {reason}"), warnings.catch_warnings(action="ignore"):
         if is_open:

@@ -115,7 +115,7 @@ def test_help_says_all_and_waits_for_nothing(script):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--steps", "x"], "argument --steps: invalid positive_int value: 'x'"),  # argparse's own
+        (["--steps", "x"], "argument --steps: invalid number value: 'x'"),  # argparse's own
         (["--steps", "1"], "--steps 1: expected at least 2"),  # the script's own
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
