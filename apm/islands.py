@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 
 import numpy as np
+from tqdm import tqdm
 
 from apm.choices import METHODS
 
@@ -151,16 +152,25 @@ def _tsne(
     if np.ptp(points) == 0:  # a constant image has one island
         return np.zeros((len(points), dim), np.float32)
     fresh = start is None or np.ptp(start) == 0
-    embedding = openTSNE.TSNE(
+    steps, some = (250 if fresh else 0, 300), 50
+    progress = tqdm(total=sum(steps), desc="t-SNE", unit="step", delay=3, leave=False)
+
+    def after_some(*_: object) -> None:
+        progress.update(some)
+
+    tsne = openTSNE.TSNE(
         n_components=dim,
         initialization="pca" if fresh else openTSNE.initialization.rescale(start),
-        early_exaggeration_iter=250 if fresh else 0,  # it would move islands far away
+        early_exaggeration_iter=steps[0],  # 0: it would move islands far away
         perplexity=min(30, (len(points) - 1) / 3),
         negative_gradient_method="bh",
         random_state=seed,
         # Coarser far-field forces and fewer steps: half the time, at a divergence 3 % higher.
         theta=0.8,
-        n_iter=300,
+        n_iter=steps[1],
         n_jobs=1,  # a second thread is twelve times slower where another job has its core
+        callbacks=after_some,
+        callbacks_every_iters=some,
     )
-    return np.asarray(embedding.fit(points), np.float32)
+    with progress:
+        return np.asarray(tsne.fit(points), np.float32)

@@ -12,6 +12,7 @@ import timm.data
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from apm.data.class_names import imagenet_index
 from apm.runtime.files import cache_home
@@ -56,7 +57,8 @@ class ClipTeacher(nn.Module):
         if cut:
             logger.warning("prompts cut at %d tokens: %d, as %.80r", length, len(cut), cut[0])
         classes = []
-        for rows in by_class.to(next(self.clip.parameters()).device):
+        rows_of_classes = by_class.to(next(self.clip.parameters()).device)
+        for rows in tqdm(rows_of_classes, "prompts", unit="class", delay=3, leave=False):
             directions = F.normalize(self.clip.encode_text(rows).float(), dim=-1)
             classes.append(F.normalize(directions.mean(dim=0), dim=-1))
         return torch.stack(classes)

@@ -58,7 +58,8 @@ from apm.teachers import DenseTeacher, load_dense_teacher
 def shards_to_do(writer: StoreWriter, verify: bool) -> list[int]:
     """This process's shards that are missing or damaged."""
     todo = []
-    for index in range(rank(), len(writer.shards), world_size()):
+    mine = range(rank(), len(writer.shards), world_size())
+    for index in tqdm(mine, "shards that are there", delay=3, leave=False, disable=rank() > 0):
         try:
             if not writer.is_done(index, verify):
                 todo.append(index)

@@ -81,6 +81,7 @@ from methods import (
     teacher_classes,
     teacher_cost,
 )
+from tqdm import tqdm
 from tta_setup import build
 
 from apm.data.class_names import load_templates
@@ -159,7 +160,8 @@ def main(argv: list[str] | None = None) -> None:
     embeddings_file = output / "embeddings.safetensors"
     targets = embed_set(teacher, data, chosen, embeddings_file, skipped, args.workers)
     costs = {"teacher": teacher_cost(teacher)}
-    costs |= {method: peer_cost(answer, teacher) for method, answer in peers.items()}
+    for method, answer in tqdm(peers.items(), "costs", unit="method", disable=not peers):
+        costs[method] = peer_cost(answer, teacher)
     todo = {
         method: [index for index in chosen if index in targets and index not in log.done]
         for method, log in logs.items()

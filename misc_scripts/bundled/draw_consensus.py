@@ -46,12 +46,15 @@ def main(argv: list[str] | None = None) -> None:
     output: Path = prepare_output(args.output)
     seed_everything(args.seed)
     few, grids = (
-        [perceive(model, image, grid=grid, fit="stretch", consensus=n) for n in STEPS]
+        [
+            perceive(model, image, grid=grid, fit="stretch", consensus=n)
+            for n in tqdm(STEPS, "answers")
+        ]
         for grid in (None, args.grid)
     )
     palette = Palette(np.stack([percept.features for percept in few]), seed=args.seed)
     row = {"input": grids[0].picture}
-    for steps, percept in zip(tqdm(STEPS, unit="picture"), grids, strict=True):
+    for steps, percept in zip(STEPS, grids, strict=True):
         row[f"{steps} step{'s' * (steps != 1)} of consensus"] = palette(percept.features)
     save_picture(output / "consensus.png", panels([row], shape_of(grids[0].picture)))
     print(output / "consensus.png")
