@@ -29,7 +29,7 @@ def parse(argv: list[str] | None) -> Namespace:
         input=COCO,
         output=OUTPUTS / "visualize_coco",
     )
-    help = "score islands against --masks, draw nothing; --fit is then crop by default"
+    help = "score islands against --masks, draw nothing"
     parser.add("picture", "--score", action="store_true", help=help)
     args = parser.parse_args(argv)
     if args.score and args.masks is None:

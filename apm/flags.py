@@ -57,9 +57,9 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {  # by groups, in the order of --
         "--checkpoint": _flag(Path, "ours (.safetensors), the paper's (.pth)", default=CHECKPOINT),
         "--feature-dim": _flag(positive_int, "width of the features, the teacher's"),
         "--teacher": _flag(str, "dense teacher: a plain ViT by timm's name"),
-        "--teacher-weights": _flag(Path, "file of its weights (default: timm's, downloaded)"),
+        "--teacher-weights": _flag(Path, "teacher's weights, a file (default: timm's, downloaded)"),
         "--teacher-block": _flag(
-            int, "its block whose tokens are taken, from 0; -1 the last (default: the checkpoint's)"
+            int, "teacher's block to take tokens from, 0 first, -1 last (default: the checkpoint's)"
         ),
         "--teacher-margin": _flag(
             int,
@@ -72,7 +72,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {  # by groups, in the order of --
         "--fit": _flag(
             FITS,
             "how a photograph becomes the square that the model sees. stretch: all of it, shown in "
-            "its own shape. crop: its centre alone, as in training",
+            "its own shape. crop: its centre, as in training (default: stretch, --score crop)",
         ),
         "--consensus": _flag(
             whole_number,
@@ -101,8 +101,8 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {  # by groups, in the order of --
         "--resume": _flag(None, "go on from --output's last state, if there is one"),
     },
     "machine": {
-        "--device": _flag(DEVICES, "auto is CUDA, else MPS, else the CPU", default="auto"),
-        "--dtype": _flag(DTYPES, "of products; bfloat16: faster on GPUs", default="float32"),
+        "--device": _flag(DEVICES, "where to compute; auto: a GPU if there is one", default="auto"),
+        "--dtype": _flag(DTYPES, "of matrix products; bfloat16: faster on GPUs", default="float32"),
         "--batch-size": _flag(positive_int, "images at a time; fewer take less memory", default=8),
         "--chunk-size": _flag(
             positive_int, "places answered at a time; fewer take less memory (default: 16384)"

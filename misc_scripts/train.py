@@ -56,7 +56,7 @@ def parse(argv: list[str] | None) -> Namespace:
             "features are made already"
         )
     if (args.output / STATE).exists() and not args.resume:
-        raise ValueError(f"{args.output}: holds a run; add --resume or choose another --output")
+        raise ValueError(f"--output {args.output}: holds a run; add --resume or choose another")
     return args
 
 

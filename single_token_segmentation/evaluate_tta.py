@@ -52,7 +52,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--method", nargs="+", choices=("apm", "tpt", "zero"), default=["apm"], help=methods)
     table = "iterations in the table, with commas between"
     add("--report-at", type=positive_ints, default="1,5,10,20,50", help=table)
-    batch = "students trained at once, which is faster on a GPU alone"
+    batch = "students trained at once, which is faster on a GPU only"
     add("--parallel", type=positive_int, default=1, help=batch)
     args = parser.parse_args(argv)
     args.report_at = sorted({step for step in args.report_at if step <= args.iterations})

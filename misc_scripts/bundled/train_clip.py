@@ -40,7 +40,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--learning-rate", type=float, default=2e-4, help="peak learning rate of AdamW")
     args = parser.parse_args(argv)
     if (args.output / STATE).exists() and not args.resume:
-        raise ValueError(f"{args.output}: holds a run; add --resume or choose another --output")
+        raise ValueError(f"--output {args.output}: holds a run; add --resume or choose another")
     return args
 
 

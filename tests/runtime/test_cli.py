@@ -160,7 +160,7 @@ def test_help_shows_defaults_as_they_are_typed(capsys, monkeypatch):
         " s\n",
         " t (default: none)\n",
         "named as the images (required)\n",
-        "-1 the last (default: -1)\n",
+        "-1 last (default: -1)\n",
         " whether\n",
     ):
         assert line in printed, line
