@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     output = prepare_output(args.output)
     results = Results(args, device)
-    rows = [measure_apart(name, device) for name in tqdm(CASES, unit="row")]
+    rows = [measure_apart(name, device) for name in tqdm(CASES, unit="row", disable=None)]
     print_table("Peak memory (GB), Table 4", rows)
     print_notes(NOTES)
     results.save(output, rows=rows, notes=NOTES)
