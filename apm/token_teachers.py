@@ -141,7 +141,8 @@ def _load_clip(name: str) -> tuple[ClipTeacher, Path | None]:
             raise ValueError(f"--teacher {name!r} needs: pip install open_clip_torch") from error
         known = open_clip.list_pretrained_tags_by_model(model_name) or open_clip.list_models()
     else:
-        with warnings.catch_warnings(action="ignore"):  # of pkg_resources
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pkg_resources
             import clip  # two seconds, with its tokenizer
         source, known = name, clip.available_models()
     file = None if source in known else Path(source)
@@ -149,7 +150,8 @@ def _load_clip(name: str) -> tuple[ClipTeacher, Path | None]:
         others = ", ".join(known)
         raise ValueError(f"--teacher {name!r}: no file, no model of timm, none of {others}")
     reason = "this file is no such CLIP" if file else "could not be had; name a local file"
-    with refusing(f"--teacher {name!r}: {reason}"), warnings.catch_warnings(action="ignore"):
+    with refusing(f"--teacher {name!r}: {reason}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         if is_open:
             model, _, preprocess = open_clip.create_model_and_transforms(model_name, source)
             return ClipTeacher(model, preprocess, open_clip.get_tokenizer(model_name)), file

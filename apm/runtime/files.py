@@ -125,8 +125,11 @@ def read_array(path: str | Path, mmap_mode: Literal["r"] | None = None) -> np.nd
 
 def file_sha256(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
     with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def listing_sha256(files: Mapping[str, object]) -> str:
