@@ -92,6 +92,9 @@ class DenseTeacher(nn.Module):
         identity: as of ``identify``, if the ViT was loaded by its name.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         vit: VisionTransformer,
@@ -111,8 +114,8 @@ class DenseTeacher(nn.Module):
         self.feature_dim = vit.num_features
         self.identity: dict[str, str | None] = {}
         config = timm.data.resolve_model_data_config(vit)
-        self.mean = nn.Buffer(torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
-        self.std = nn.Buffer(torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(config[name]).view(3, 1, 1), persistent=False)
 
     def description(self) -> dict[str, Any]:
         """What decides the features, as plain values: kept with stores and checkpoints."""

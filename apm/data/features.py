@@ -112,7 +112,9 @@ class FeatureStore:
             self._rows |= {name: (tensors, row) for row, name in enumerate(header["images"])}
         found, wanted = len(self.sizes) + len(self.skipped), self.meta.get("images")
         if found != wanted:
-            raise ValueError(f"{folder}: holds {found} of {wanted} images; extract the rest first")
+            raise ValueError(
+                f"{folder}: holds {found} of {wanted!s:.300} images; extract the rest first"
+            )
 
     def __reduce__(self) -> tuple[type["FeatureStore"], tuple[Path]]:
         return FeatureStore, (self.folder,)

@@ -12,10 +12,16 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop, sdpa_flop
 
 Built = TypeVar("Built")
 MEASURED = "measured"  # marks the work in the profiler's trace
+
+# Attention on a CPU, which torch's counter misses in older versions.
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+flop_registry.setdefault(_ATTENTION, sdpa_flop)
+flop_registry.setdefault(_BACKWARD, sdpa_backward_flop)
 
 
 def select_device(name: str) -> torch.device:
