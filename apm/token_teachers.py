@@ -138,7 +138,7 @@ def _load_clip(name: str) -> tuple[ClipTeacher, Path | None]:
         try:
             import open_clip
         except ImportError as error:
-            raise ValueError(f"--teacher {name!r} needs: pip install open_clip_torch") from error
+            raise ValueError(f"--teacher {name!r} needs: pip install -e '.[open_clip]'") from error
         known = open_clip.list_pretrained_tags_by_model(model_name) or open_clip.list_models()
     else:
         with warnings.catch_warnings():

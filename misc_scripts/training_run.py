@@ -238,5 +238,5 @@ def summary_writer(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError("--tensorboard needs: pip install tensorboard") from error
+        raise ValueError("--tensorboard needs: pip install -e '.[tensorboard]'") from error
     return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

@@ -195,7 +195,7 @@ def test_synonyms_of_one_imagenet_class_are_refused():
 
 def test_open_clip_is_optional(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    with pytest.raises(ValueError, match="pip install open_clip_torch"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[open_clip\]'"):
         load_token_teacher("open_clip:ViT-H-14-quickgelu/dfn5b")
 
 

@@ -382,7 +382,7 @@ def test_tensorboard_gets_every_step(data):
 def test_tensorboard_is_optional(data, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert main(flags(data, "run", "--tensorboard")) == 2
-    assert "pip install tensorboard" in capsys.readouterr().err
+    assert "pip install -e '.[tensorboard]'" in capsys.readouterr().err
 
 
 def environment():
