@@ -423,6 +423,7 @@ def test_two_processes_under_torchrun_train_as_one(data):
         torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=0, msg=name)
 
 
+@pytest.mark.slow  # two processes import torch
 def test_a_process_that_fails_ends_all_of_them_in_one_line_each_with_random_weights(
     data, tiny_teacher
 ):
