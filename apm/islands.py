@@ -130,7 +130,7 @@ def interpolate(points: np.ndarray, known: np.ndarray, values: np.ndarray) -> np
 
 
 def _flat(features: np.ndarray) -> np.ndarray:
-    return features.reshape(-1, features.shape[-1]).astype(np.float32)
+    return features.reshape(-1, features.shape[-1]).astype(np.float32, copy=False)
 
 
 def principal_axes(points: np.ndarray, dim: int) -> np.ndarray:

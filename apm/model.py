@@ -121,10 +121,17 @@ class APM(nn.Module):
             raise ValueError(f"chunk size {chunk_size} must be at least 1")
         positions = self.grid_positions() if positions is None else positions.float()
         query = self.unfold(column, positions, images, sees_local)
-        answers = [self.answer(part) for part in query.split(chunk_size or max(len(positions), 1))]
-        if len(answers) == 1:
-            return answers[0]
-        features, rgb = (torch.cat(parts, dim=1) for parts in zip(*answers, strict=True))
+        if chunk_size is None or chunk_size >= len(positions):
+            return self.answer(query)
+        # Filled part by part: to join them at the end would take all of their memory once more.
+        shape = (len(column), len(positions))
+        features = column.new_empty(*shape, self.config.feature_dim)
+        rgb = column.new_empty(*shape, 3)
+        done = 0
+        for part in query.split(chunk_size):
+            some, colours = self.answer(part)
+            here = slice(done, done := done + some.shape[1])
+            features[:, here], rgb[:, here] = some, colours
         return features, rgb
 
     def query_pooled(
