@@ -13,7 +13,7 @@ from conftest import make_model
 from apm.config import TrainConfig
 from apm.distill import Distiller, NonFiniteError
 from apm.losses import rgb_targets
-from apm.runtime.distributed import shares, world_size
+from apm.runtime.distributed import shares, wait_for_all, world_size
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="processes are forked")
 
@@ -96,6 +96,7 @@ def work_together(rank, folder, task):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     torch.save(task(rank), folder / f"{rank}.pth")
+    wait_for_all()  # as the scripts do: torch 2.4 may hang if a tensor is still being sent
     dist.destroy_process_group()
 
 
