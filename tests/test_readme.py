@@ -55,7 +55,12 @@ RUN = {
         Run("--dataset imagefolder --data-root set --teacher clip.pt --iterations 1 --report-at 1")
     ),
     "python misc_scripts/make_corruptions.py --input cifar10_test --layout npy --parameters cifar "
-    "--frost-textures frost --output cifar10c": (Run("--input set --corruptions contrast,fog")),
+    "--frost-textures frost --limit 500 --output cifar10c": (
+        Run("--input set --corruptions contrast,fog")
+    ),
+    "python single_token_segmentation/location_table.py --data-root cifar10_test --limit 50": (
+        Run("--data-root set --teacher clip.pt --iterations 1 --counts 1 --arms whole")
+    ),
     "python misc_scripts/resize_coco_images.py --input data/coco/train2017 --workers 8": (
         Run("--input photographs --workers 0")
     ),
