@@ -53,6 +53,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     )
     yield
     # Not after an error: it would wait for the others, and they for this process.
+    wait_for_all()  # torch 2.4 hangs in the next line if gloo's thread has yet to free a tensor
     dist.destroy_process_group()
 
 
