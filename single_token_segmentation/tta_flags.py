@@ -40,7 +40,7 @@ def make_tta_parser(description: str, *flags: str, example: str, **defaults: Any
     add("--iterations", type=positive_int, help="steps for each image")
     locations = (
         f"random places that each step asks, 1 to {GRID}, or all, as released. Fewer are faster "
-        "by their share and learn less a step; the answer that counts is that of all places"
+        "by their share and end at a higher loss; the answer that counts is that of all places"
     )
     add("--locations", type=location_count, default="all", help=locations)
     add("--learning-rate", type=float, default=1e-4, help="learning rate of Adam")
