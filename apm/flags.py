@@ -105,7 +105,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {  # by groups, in the order of --
         "--dtype": _flag(DTYPES, "of matrix products; bfloat16: faster on GPUs", default="float32"),
         "--batch-size": _flag(positive_int, "images at a time; fewer take less memory", default=8),
         "--chunk-size": _flag(
-            positive_int, "places answered at a time; fewer take less memory (default: 16384)"
+            positive_int, "places answered at a time; fewer take less memory (default: 4096)"
         ),
         "--workers": _flag(
             worker_count, "processes or threads that read images, at most one a core", default=0

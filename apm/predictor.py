@@ -14,7 +14,7 @@ from apm.model import APM
 from apm.preprocessing import Preprocessing, to_pixels
 from apm.runtime.device import precision
 
-CHUNK = 16384  # locations answered at a time, unless told otherwise: 0.3 GB of the largest model
+CHUNK = 4096  # locations answered at a time, unless told otherwise: 0.1 GB of the largest model
 
 
 @dataclass(frozen=True)
