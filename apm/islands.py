@@ -1,6 +1,6 @@
 """Islands of agreement: locations with like features get like colours (Hinton 2021, GLOM)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 from tqdm import tqdm
@@ -79,15 +79,13 @@ def island_colours(features: np.ndarray, method: str = "tsne", seed: int = 0) ->
     return Palette(features, method, seed)(features)
 
 
-def island_series(
-    features: np.ndarray, channels: int = 3, seed: int = 0, watch: Callable[..., Iterable] = iter
-) -> np.ndarray:
+def island_series(features: np.ndarray, channels: int = 3, seed: int = 0) -> np.ndarray:
     """The islands of one image at S times, by t-SNE: an island that stays keeps its colour.
 
     ``(S, h, w, F)`` float -> ``(S, h, w, 3)`` float32 RGB in [0, 1]. One channel gives the greys of
-    the paper's Figure 3. ``watch`` is given the steps and iterates over them, as tqdm does.
+    the paper's Figure 3.
     """
-    chain = palette_chain(watch(features), channels, seed)
+    chain = palette_chain(tqdm(features, "islands", unit="picture"), channels, seed)
     return np.stack([palette(step) for palette, step in zip(chain, features, strict=True)])
 
 

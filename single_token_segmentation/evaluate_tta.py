@@ -59,7 +59,7 @@ def parse(argv: list[str] | None) -> Namespace:
     made = args.data_root / "settings.json"  # of make_corruptions.py
     if args.dataset == "cifar10c" and made.is_file():
         levels = read_json(made).get("severities")
-        if levels != [1, 2, 3, 4, 5]:
+        if levels != [*SEVERITIES]:
             raise ValueError(f"{args.data_root}: made with severities {levels}, expected all five")
     if not args.report_at:
         raise ValueError(f"--report-at: none is within the {args.iterations} of --iterations")

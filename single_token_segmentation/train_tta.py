@@ -76,10 +76,7 @@ def draw_series(
         The islands in grey and in colour, ``(S, h, w, 3)`` in [0, 1].
     """
     series = np.stack(list(grids.values()))
-    greys, colours = (
-        island_series(series, channels, seed, partial(tqdm, desc=name, unit="picture"))
-        for channels, name in ((1, "islands in grey"), (3, "islands in colour"))
-    )
+    greys, colours = (island_series(series, channels, seed) for channels in (1, 3))
     upper, lower = {"input": picture}, {"": np.full_like(picture, 255)}
     frames = []
     for step, grey, colour in zip(grids, greys, colours, strict=True):
