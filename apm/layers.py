@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from apm.positional_encoding import sincos_1d, sincos_2d
 
+FEW = 128  # locations, whose encodings are multiplied one by one
+
 
 class Query(NamedTuple):
     """The parts of the queries ``[T ; I_xy ; p_xy]`` of B images at N locations, never joined.
@@ -32,6 +34,16 @@ class Query(NamedTuple):
             here = slice(start, start + size)
             local = None if self.local is None else self.local[:, here]
             yield self._replace(local=local, positions=self.positions[here])
+
+
+class Linear(nn.Linear):
+    """``nn.Linear``, as ``(W x^T + b)^T``: with a few dozen rows a fifth faster on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in_features)`` -> ``(..., out_features)``."""
+        rows = x.flatten(0, -2)
+        y = torch.addmm(self.bias[:, None], self.weight, rows.T).T
+        return y.unflatten(0, x.shape[:-1])
 
 
 class QueryLinear(nn.Module):
@@ -85,12 +97,15 @@ class QueryLinear(nn.Module):
 
     def position_term(self, positions: Tensor) -> Tensor:
         """``W_p sincos_2d(positions)``: ``(N, 2)`` -> ``(N, out_features)``."""
-        half = self.position.in_features // 2
-        columns, rows = self.position.weight.split(half, dim=1)
+        width, dtype = self.position.in_features, self.position.weight.dtype
+        # The backward pass of two thin products, and of the split, takes longer than one product.
+        if len(positions) <= FEW:
+            return self.position(sincos_2d(positions, width).to(dtype))
+        columns, rows = self.position.weight.split(width // 2, dim=1)
         terms = []
         for axis, weight in ((1, columns), (0, rows)):
             values, index = positions[:, axis].unique(return_inverse=True)
-            term = F.linear(sincos_1d(values, half).to(weight.dtype), weight)
+            term = F.linear(sincos_1d(values, width // 2).to(dtype), weight)
             terms.append(F.embedding(index, term))  # rows of term; its backward adds them up fast
         return terms[0] + terms[1]
 

@@ -4,17 +4,14 @@ A student that knows nothing learns one vector, its teacher's embedding of one i
 image it starts again from nothing.
 """
 
-import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.optim import Adam
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from apm.config import APMConfig
 from apm.model import APM
@@ -64,34 +61,6 @@ class _Student(nn.Module):
 
     def forward(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
         return self.model.query_pooled(self.model.encode(images), positions, images=images)
-
-
-class _Recycling(TorchDispatchMode):
-    """Gives a backward pass the memory of former gradients for its large results.
-
-    Main memory comes back from the system page by page: for 90 MB a step longer than Adam takes.
-    """
-
-    def __init__(self, former: Iterable[Tensor]) -> None:
-        super().__init__()
-        self._free: dict[int, list[Tensor]] = {}
-        for block in former:
-            if block.device.type == "cpu" and block.is_contiguous():
-                self._free.setdefault(block.numel(), []).append(block.flatten())
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        shape: tuple[int, ...] = ()
-        if func is torch.ops.aten.mm.default:
-            shape, inputs = (args[0].shape[0], args[1].shape[1]), args
-        elif func is torch.ops.aten.cat.default and args[1:] in ((), (0,), (1,)):
-            inputs, axis = args[0], args[1] if args[1:] else 0
-            lengths = [*inputs[0].shape]
-            lengths[axis] = sum(part.shape[axis] for part in inputs)
-            shape = tuple(lengths)
-        blocks = self._free.get(math.prod(shape))
-        if not shape or not blocks or inputs[0].dtype != blocks[-1].dtype:
-            return func(*args, **(kwargs or {}))
-        return func.overloadpacket(*args, out=blocks.pop().view(shape))
 
 
 class TestTimeTrainer:
@@ -252,11 +221,8 @@ class TestTimeTrainer:
         [group] = optimizer.param_groups
         pooled = self._answer(answer, self._positions(group["steps_done"]))  # (K, F)
         losses = (pooled - targets).square().mean(dim=1)  # (K,); students share no weight
-        former = [one.grad for one in group["params"] if one.grad is not None]
-        optimizer.zero_grad(set_to_none=True)
-        with _Recycling(former):
-            del former
-            losses.sum().backward()
+        optimizer.zero_grad()
+        losses.sum().backward()
         group["lr"] = self.learning_rate * DECAY ** (group["steps_done"] // DECAY_EVERY)
         optimizer.step()
         group["steps_done"] += 1

@@ -21,7 +21,7 @@ from apm.tta import TestTimeTrainer
 
 MANY_CLASSES = 200
 AGAINST = f"TPT step, {VIEWS} views"
-FEW = f"CLIP + TTT, {workloads.ITERATIONS} iterations, {workloads.LOCATIONS} locations"
+FEW = f"CLIP + TTT, {workloads.ITERATIONS} iterations"
 
 
 def mlp_macs(config: APMConfig, *, first: bool = False, head: bool = True) -> int:
@@ -78,19 +78,20 @@ def peers(device: torch.device) -> Iterator[Work]:
 
 def one_image(device: torch.device) -> Iterator[Work]:
     """Test-time training of one image from a few locations, the teacher's forward pass included."""
-    with device:
-        teacher, student = workloads.clip_forward().run, workloads.student_iterations()
-
-    def run() -> None:
-        teacher()
-        student()
-
-    yield Work(FEW, multiply_adds(run), run)
+    for locations in workloads.FEW:
+        with device:
+            teacher, student = workloads.clip_forward().run, workloads.student_iterations(locations)
+        run = partial(lambda *works: [work() for work in works], teacher, student)
+        yield Work(f"{FEW}, {locations} locations", multiply_adds(run), run)
 
 
 def times_faster(rows: list[dict[str, Any]]) -> dict[str, float]:
     """How many times longer than test-time training of an image each of TPT's steps took."""
     seconds = {row["name"]: row["seconds"] for row in rows}
-    own = seconds.get(f"{FEW}, float32")
-    steps = [name for name in seconds if own and name.startswith(AGAINST)]
-    return {name: seconds[name] / own for name in steps if own}
+    return {
+        f"{own}: times faster than one {step}": seconds[step] / seconds[own]
+        for own in seconds
+        if own.startswith(FEW)
+        for step in seconds
+        if step.startswith(AGAINST)
+    }

@@ -34,7 +34,7 @@ answer_flags(__name__, parse)
 
 import released
 import torch
-from adaptation import FEW, mlp_macs, one_image, peers, test_time_training, times_faster
+from adaptation import mlp_macs, one_image, peers, test_time_training, times_faster
 from released import LOCATIONS
 from table import print_table
 from timing import Work, measure
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     print_table("Seconds, median", rows, digits=3)
     faster = times_faster(rows)
     for name, times in faster.items():
-        print(f"{FEW}: {times:.1f} times faster than one {name}")
+        print(f"{name}: {times:.1f}")
     print(f"training waits for data {100 * data_wait:.1f} % of the time")
     results.save(output, rows=rows, times_faster=faster, data_wait=data_wait)
     print(f"{output / 'results.json'} has these numbers and the machine's")

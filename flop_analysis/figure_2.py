@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 from released import LOCATIONS
 from timing import seconds_of
 from torch import Tensor, nn
-from workloads import LOCATIONS as FEW  # that a step of test-time training can do with
+from workloads import FEW
 
 from apm import APM
 from apm.drawing import save_figure
 from apm.runtime.device import multiply_adds
 
-PATCHES = (7, 14, 28, 56, FEW, 112, 224)  # the paper's, and these
+PATCHES = sorted((7, 14, 28, 56, 112, 224, *FEW))  # the paper's, and these
 
 
 def features(model: APM, images: Tensor, locations: int = LOCATIONS) -> Tensor:
@@ -48,7 +48,7 @@ def figure_rows(model: APM, clip: nn.Module, clip_gmacs: float, repeats: int) ->
 
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Lines over ``PATCHES``, of which ``FEW`` has no tick; what all and CLIP cost is dotted."""
+    """Lines over ``PATCHES``, of which ``FEW`` have no tick; what all and CLIP cost is dotted."""
     steps, totals = rows[: len(PATCHES)], rows[len(PATCHES) :]
     figure = Figure(figsize=(10, 4), layout="constrained")
     work, time = figure.subplots(1, 2)
@@ -61,7 +61,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
         for colour, row in zip(("C1", "C2"), totals, strict=True):
             axes.axhline(row[column], color=colour, linestyle=":", label=f"total: {row['name']}")
         axes.set(xlabel="patches per step", ylabel=label, xscale="log", yscale="log")
-        ticks = [patches for patches in PATCHES if patches != FEW]
+        ticks = [patches for patches in PATCHES if patches not in FEW]
         axes.set_xticks(ticks, ticks)
         axes.minorticks_off()
     figure.legend(*work.get_legend_handles_labels(), loc="outside lower center", ncols=4)

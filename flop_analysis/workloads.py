@@ -15,7 +15,7 @@ from apm.peers import VIEWS
 from apm.tta import TestTimeTrainer
 
 CLASSES = 10  # that TPT tells apart; its text tower's activations grow with them
-LOCATIONS, ITERATIONS = 64, 20  # of test-time training from a few locations
+FEW, ITERATIONS = (16, 64), 20  # locations a step, of test-time training from a few
 
 
 class Workload(NamedTuple):
@@ -98,15 +98,15 @@ def teacher_then_student() -> Workload:
     def run() -> None:
         teacher.run()
         teacher.model.to("meta")
-        student_iterations()()
+        student_iterations(max(FEW))()
 
     return Workload(teacher.model, run)
 
 
-def student_iterations() -> Callable[[], object]:
-    """Twenty iterations at 64 locations from new weights on, and the answer of all locations."""
+def student_iterations(locations: int) -> Callable[[], object]:
+    """Twenty iterations at a few locations from new weights on, and the answer of all of them."""
     device = torch.get_default_device()
-    trainer = TestTimeTrainer(iterations=ITERATIONS, locations=LOCATIONS, device=device)
+    trainer = TestTimeTrainer(iterations=ITERATIONS, locations=locations, device=device)
     image, target = torch.rand(3, 448, 448), torch.randn(trainer.model.config.feature_dim)
 
     def run() -> None:

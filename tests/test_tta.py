@@ -1,5 +1,3 @@
-from contextlib import nullcontext
-
 import pytest
 import torch
 from conftest import TINY, make_model
@@ -7,7 +5,7 @@ from reference import grid_encoding
 from torch import nn
 
 from apm import APM, APMConfig
-from apm.tta import TestTimeTrainer, _Recycling
+from apm.tta import TestTimeTrainer
 
 STUDENT = APMConfig(**TINY | {"pooling": "attention", "pool_heads": 2})
 
@@ -229,34 +227,6 @@ def test_a_step_of_few_locations_is_the_plain_step_on_them(image_and_target, mon
     torch.testing.assert_close(torch.tensor(result.losses), torch.tensor(losses), rtol=1e-4, atol=0)
     whole = plain.pool(plain(image[None])[0])[0]
     torch.testing.assert_close(result.pooled, whole, rtol=1e-4, atol=1e-5)
-
-
-def test_large_results_take_the_memory_of_former_gradients():
-    former = [torch.zeros(3, 4), torch.zeros(5, 2)]
-    places = [block.data_ptr() for block in former]
-    left, right, halves = torch.randn(3, 6), torch.randn(6, 4), torch.randn(2, 5, 1)
-    expected = left @ right, torch.cat([*halves], dim=1), left.double() @ right.double()
-    with _Recycling(former):
-        found = left.double() @ right.double(), left @ right, left @ right, torch.cat([*halves], 1)
-    torch.testing.assert_close(found, (expected[2], expected[0], expected[0], expected[1]))
-    used = [result.data_ptr() for result in found]
-    assert used[1] == places[0] and used[3] == places[1]
-    assert used[0] not in places and used[2] not in places  # another dtype; taken already
-
-
-def test_recycled_memory_changes_no_bit_of_a_step(image_and_target, monkeypatch):
-    image, target = (tensor[None] for tensor in image_and_target)
-
-    def weights_after_three_steps():
-        trainer = TestTimeTrainer(APM(STUDENT), learning_rate=1e-2, locations=7)
-        for _ in range(3):
-            trainer.step(image, target)
-        return [*trainer._trained().values()]
-
-    recycled = weights_after_three_steps()
-    monkeypatch.setattr("apm.tta._Recycling", lambda former: nullcontext())
-    for one, other in zip(recycled, weights_after_three_steps(), strict=True):
-        assert torch.equal(one, other)
 
 
 def test_locations_are_a_function_of_seed_and_step():
