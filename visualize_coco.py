@@ -32,8 +32,8 @@ def parse(argv: list[str] | None) -> Namespace:
     help = "score islands against --masks, draw nothing"
     parser.add("picture", "--score", action="store_true", help=help)
     args = parser.parse_args(argv)
-    if args.score and args.masks is None:
-        raise ValueError("--score needs --masks: a folder of semantic masks")
+    if args.score != (args.masks is not None):
+        raise ValueError("--score needs --masks, a folder of masks, and --masks needs --score")
     if args.fit is None:  # a score is compared with those of other versions, which saw the crop
         args.fit = "crop" if args.score else "stretch"
     if args.input == COCO and not COCO.exists():

@@ -35,7 +35,7 @@ def parse(argv: list[str] | None) -> Namespace:
         example="single_token_segmentation/evaluate_tta.py --dataset cifar10 --download --limit 30",
         output=OUTPUTS / "evaluate_tta",
         iterations=50,
-        locations="64",
+        locations="16",
     )
     more = partial(parser.add, "input and output")
     sets = "the test set; imagefolder is one's own, a folder a class in --data-root"

@@ -300,8 +300,9 @@ def test_visualize_with_teacher_and_scores_with_random_weights(
         Image.new("L", (80, 60), 1).save(path)
     assert main(scoring) == 2
     assert "no mask has two classes" in capsys.readouterr().err
-    assert main([*arguments, "--score"]) == 2
-    assert "--score needs --masks" in capsys.readouterr().err
+    for alone in (["--score"], ["--masks", str(masks)]):
+        assert main([*arguments, *alone]) == 2
+        assert "--score needs --masks" in capsys.readouterr().err
 
 
 def test_scores_of_the_bundled_checkpoint(tmp_path):
