@@ -1,6 +1,5 @@
 """The Asynchronous Perception Machine (Modi and Rawat, NeurIPS 2024)."""
 
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +13,6 @@ if TYPE_CHECKING:
 __all__ = ["APM", "APMConfig", "load_model", "save_model"]
 
 use_writable_caches()  # before libraries look for theirs
-# torch's tensors in pages of 2 MB where Linux has them: a large tensor in ones of 4 KB takes longer
-# to get than to fill. torch looks when it makes its first tensor.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def __getattr__(name: str) -> Any:

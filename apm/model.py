@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apm.config import APMConfig
-from apm.layers import AttentionPool, Linear, LocalPatch, MeanPool, Query, QueryLinear
+from apm.layers import AttentionPool, LocalPatch, MeanPool, Query, QueryLinear
 from apm.preprocessing import Preprocessing
 
 
@@ -38,7 +38,7 @@ class APM(nn.Module):
         self.fold: nn.Module = nn.Conv2d(3, 1, patch, stride=patch)
         self.local_patch = LocalPatch(local, patch, config.local_blocks) if local else None
         self.trunk_first = QueryLinear(trunk[0], *parts)
-        self.trunk = nn.ModuleList(map(Linear, trunk[:-1], trunk[1:]))
+        self.trunk = nn.ModuleList(map(nn.Linear, trunk[:-1], trunk[1:]))
         self.feature_head = nn.Linear(trunk[-1], config.feature_dim)
         self.rgb_first = QueryLinear(rgb[0], *parts, config.feature_dim)
         self.rgb_head = nn.ModuleList(map(nn.Linear, rgb[:-1], rgb[1:]))
