@@ -255,11 +255,13 @@ def test_tpt_step(flops, views, prompts):
 
 def test_figure_2(counted):
     tables, output = counted
-    for patches in (7, 224):
+    for patches, halves in (
+        (7, 2 * 7),  # of encodings: one by one
+        (224, 32 + 7),  # columns and rows of the grid, row by row
+    ):
         row = tables["figure_2"][f"APM, {patches} patches"]
         assert row["released"] == pytest.approx(patches * mlp((*TRUNK, 768)) / 1e9)
-        vectors = min(patches, 32) + -(-patches // 32)  # columns and rows of the grid, row by row
-        ours = CONV + 1024 * 4096 + vectors * 512 * 4096 + patches * mlp((*TRUNK[1:], 768))
+        ours = CONV + 1024 * 4096 + halves * 512 * 4096 + patches * mlp((*TRUNK[1:], 768))
         assert row["ours"] == pytest.approx(ours / 1e9)
         assert row["time (ms)"] > 0
     assert (output / "figure_2.png").read_bytes().startswith(b"\x89PNG")
