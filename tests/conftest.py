@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from apm import APM, APMConfig, save_model
+from apm import APM, APMConfig, layers, save_model
 from apm.preprocessing import Preprocessing
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("tests", "misc_scripts", "misc_scripts/bundled", "single_token_segmentation")
 sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
 torch.set_num_threads(1)  # two workers share two cores
+layers.FEW = 8  # the whole grid of a tiny model is many, as that of a real one is
 
 # What scripts keep in the user's cache is no business of the tests, nor theirs of the user.
 CACHE = tempfile.mkdtemp(prefix="apm-tests-")

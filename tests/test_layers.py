@@ -30,7 +30,12 @@ def test_query_linear_is_a_linear_layer_on_the_joined_query(local, feature, few,
     joined = [features, column[:, None].expand(-1, 4, -1), patches, p.expand(2, -1, -1)]
     query = Query(column, patches if local else None, None, POSITIONS)
     answers = layer(query, features if feature else None)
-    torch.testing.assert_close(answers, plain(torch.cat(joined, dim=-1)), atol=1e-5, rtol=1e-5)
+    expected = plain(torch.cat(joined, dim=-1))
+    torch.testing.assert_close(answers, expected, atol=1e-5, rtol=1e-5)
+    for output in (answers, expected):
+        output.square().sum().backward()
+    gradients = torch.cat([block.weight.grad for block in blocks if block is not None], dim=1)
+    torch.testing.assert_close(gradients, plain.weight.grad, atol=1e-4, rtol=1e-4)
 
 
 def test_the_null_stands_in_for_the_local_patch_of_each_image_that_does_not_see_it():
