@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from apm.positional_encoding import sincos_1d, sincos_2d
 
-FEW = 128  # locations, whose encodings are multiplied one by one
+FEW = 128  # locations, up to which one product with their encodings is no slower than with halves
 
 
 class Query(NamedTuple):

@@ -21,7 +21,7 @@ from apm.tta import TestTimeTrainer
 
 MANY_CLASSES = 200
 AGAINST = f"TPT step, {VIEWS} views"
-FEW = f"CLIP + TTT, {workloads.ITERATIONS} iterations"
+ONE_IMAGE = f"CLIP + TTT, {workloads.ITERATIONS} iterations"
 
 
 def mlp_macs(config: APMConfig, *, first: bool = False, head: bool = True) -> int:
@@ -82,7 +82,7 @@ def one_image(device: torch.device) -> Iterator[Work]:
         with device:
             teacher, student = workloads.clip_forward().run, workloads.student_iterations(locations)
         run = partial(lambda *works: [work() for work in works], teacher, student)
-        yield Work(f"{FEW}, {locations} locations", multiply_adds(run), run)
+        yield Work(f"{ONE_IMAGE}, {locations} locations", multiply_adds(run), run)
 
 
 def times_faster(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -91,7 +91,7 @@ def times_faster(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {
         f"{own}: times faster than one {step}": seconds[step] / seconds[own]
         for own in seconds
-        if own.startswith(FEW)
+        if own.startswith(ONE_IMAGE)
         for step in seconds
         if step.startswith(AGAINST)
     }

@@ -30,7 +30,6 @@ answer_flags(__name__, parse)
 
 import released
 import torch
-import workloads
 from baselines import TABLE_4, clip_inputs, clip_model, swin_model, tpt_model
 from counting import HARMLESS, Call, count_forward, count_step
 from deviations import PAPER_LOCATIONS, explain
@@ -39,6 +38,7 @@ from released import LOCATIONS
 from table import compare, print_notes, print_table
 from torch import Tensor, nn
 from tqdm import tqdm
+from workloads import FEW, ITERATIONS, student_iterations
 
 from apm import APM, APMConfig
 from apm.peers import VIEWS
@@ -46,7 +46,6 @@ from apm.runtime.device import multiply_adds, select_device
 from apm.runtime.files import prepare_output
 
 META = torch.device("meta")  # shapes without memory, enough to count what has no data-made shapes
-ITERATIONS = 20
 CHUNKS = (4, 16, 64, 256, 512)
 CLIP = "CLIP ViT-B/16, image + prompt"
 
@@ -111,9 +110,9 @@ def few_rows() -> list[Row]:
     return [
         {
             "name": f"{few} locations: {name}",
-            "ours": multiply_adds(workloads.student_iterations(few)) / 1e9,
+            "ours": multiply_adds(student_iterations(few)) / 1e9,
         }
-        for few in workloads.FEW
+        for few in FEW
     ]
 
 

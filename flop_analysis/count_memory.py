@@ -57,7 +57,7 @@ CASES: dict[str, tuple[Build, Paper | None]] = {
     "CLIP ViT-B/16, forward": (workloads.clip_forward, TABLE_4["CLIP"]),
     "CLIP ViT-B/16 + APM, TTT step": (workloads.teacher_and_trainer_step, TABLE_4["APM"]),
     "CLIP ViT-B/16, freed, then APM, 20 iterations, 64 locations": (
-        workloads.teacher_then_student,
+        partial(workloads.teacher_then_student, 64),
         TABLE_4["APM"],
     ),
     f"TPT, step, {VIEWS} views, 200 prompts": (partial(workloads.tpt_step, 200), None),

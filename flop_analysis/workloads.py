@@ -88,7 +88,7 @@ def teacher_and_trainer_step() -> Workload:
     return Workload(models, lambda: (teacher.run(), student.run()), student.optimizer)
 
 
-def teacher_then_student() -> Workload:
+def teacher_then_student(locations: int) -> Workload:
     """One image from end to end: the teacher's forward pass, then a new student's 20 iterations.
 
     Students need the teacher's embedding alone: its memory is free before theirs is taken.
@@ -98,7 +98,7 @@ def teacher_then_student() -> Workload:
     def run() -> None:
         teacher.run()
         teacher.model.to("meta")
-        student_iterations(max(FEW))()
+        student_iterations(locations)()
 
     return Workload(teacher.model, run)
 
