@@ -4,7 +4,8 @@
 of quality 85 as in ImageNet-C; all others become PNG. --layout npy is CIFAR-10-C's, for a folder
 with one sub-folder for each class of CIFAR-10: for every corruption one <corruption>.npy, uint8
 (5 N, H, W, 3) RGB, all N images at severity 1, then at 2 and so on; labels.npy has CIFAR-10's
-number of the class of each. What is there is skipped, so run it again after an interruption.
+number of the class of each. --limit takes images evenly from all of the folder. What is there is
+skipped, so run it again after an interruption.
 """
 
 import sys
@@ -78,7 +79,7 @@ from corruption_layouts import (
 )
 
 from apm.data.class_names import CIFAR10_CLASSES
-from apm.data.images import Skipped, find_images, load_image
+from apm.data.images import Skipped, find_images, load_image, spread
 from apm.runtime.device import select_device
 from apm.runtime.files import dated_sha256, keep_settings, prepare_output
 
@@ -87,7 +88,8 @@ from apm.runtime.files import dated_sha256, keep_settings, prepare_output
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     folder = args.input if args.input.is_dir() else args.input.parent
-    found = find_images(args.input, args.limit)
+    every = find_images(args.input)
+    found = [every[index] for index in spread(len(every), args.limit)]
     paths = {path.relative_to(folder).as_posix(): path for path in found}
     textures = find_images(args.frost_textures) if "frost" in args.corruptions else []
     recipe = Recipe(

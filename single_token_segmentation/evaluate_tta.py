@@ -85,8 +85,8 @@ from tqdm import tqdm
 from tta_setup import build
 
 from apm.data.class_names import load_templates
-from apm.data.images import Skipped
-from apm.data.test_sets import LabelledImages, load_dataset, spread
+from apm.data.images import Skipped, spread
+from apm.data.test_sets import LabelledImages, load_dataset
 from apm.runtime.device import seed_everything, select_device
 from apm.runtime.logs import RowLog
 
@@ -149,14 +149,14 @@ def main(argv: list[str] | None = None) -> None:
     output = prepare_output(args.output)
     same = ("iterations", "report_at", "pooling", "learning_rate", "locations", "seed", "dtype")
     settings = {name: getattr(args, name) for name in same} | teacher.identity
-    settings |= {"dataset": data.name, "files_sha256": data.files_sha256}
+    settings |= {"device": device.type, "dataset": data.name, "files_sha256": data.files_sha256}
     settings |= {"classes": data.class_names, "templates": templates}
     keep_settings(output / "settings.json", settings)
     logs = {method: RowLog(output / f"{method}.csv", PEER_COLUMNS) for method in peers}
     if "apm" in args.method:
         logs["apm"] = RowLog(output / "rows.csv", row_columns(args.report_at))
 
-    chosen, skipped = spread(len(data), args.limit), Skipped()
+    chosen, skipped = spread(len(data), args.limit, data.versions), Skipped()
     embeddings_file = output / "embeddings.safetensors"
     targets = embed_set(teacher, data, chosen, embeddings_file, skipped, args.workers)
     costs = {"teacher": teacher_cost(teacher)}
@@ -183,10 +183,13 @@ def main(argv: list[str] | None = None) -> None:
     images, tables = common_rows(logs, chosen)
     embeddings = torch.stack([targets[index] for index in images])
     answers = {name: predict(teacher, embeddings, rows) for name, rows in alone.items()}
-    summary = summarise(tables, answers, args.report_at, costs) | {"skipped": len(skipped)}
+    photographs = [data.photograph(index) for index in images]
+    summary = summarise(tables, answers, args.report_at, costs, photographs)
+    summary |= {"photographs": len(set(photographs)), "skipped": len(skipped)}
+    versions = f" of {summary['photographs']} photographs" * (data.versions > 1)
     results.save(output, **described, **summary)
     print(
-        f"{summary['images']} images, {summary['skipped']} skipped; "
+        f"{summary['images']} images{versions}, {summary['skipped']} skipped; "
         f"teacher top-1 {summary['teacher_top1']:.2f} %"
     )
     print_methods(summary["methods"])

@@ -51,8 +51,8 @@ from tta_setup import build
 
 from apm import APM
 from apm.data.class_names import load_templates
-from apm.data.images import Skipped
-from apm.data.test_sets import load_dataset, spread
+from apm.data.images import Skipped, spread
+from apm.data.test_sets import load_dataset
 from apm.runtime.device import seed_everything, select_device
 from apm.runtime.files import keep_settings, prepare_output
 from apm.runtime.logs import RowLog
@@ -126,12 +126,12 @@ def main(argv: list[str] | None = None) -> None:
 def table_row(name: str, log: RowLog, asked: set[int], step: int) -> dict:
     """Accuracy, agreement with the teacher, loss and seconds of the asked images."""
     rows = [row for row in log.rows if row["index"] in asked]
-    label, student, teacher, loss, seconds = (
+    index, label, student, teacher, loss, seconds = (
         [row[column] for row in rows]
-        for column in ("label", f"student_{step}", "teacher", f"loss_{step}", "seconds")
+        for column in ("index", "label", f"student_{step}", "teacher", f"loss_{step}", "seconds")
     )
     means = {"loss": sum(loss) / len(rows), "seconds": sum(seconds) / len(rows)}
-    return score(name, student, label, teacher) | means
+    return score(name, student, label, teacher, [*map(int, index)]) | means
 
 
 if __name__ == "__main__":

@@ -154,6 +154,16 @@ def find_images(source: str | Path, limit: int | None = None) -> list[Path]:
     return paths[:limit]
 
 
+def spread(count: int, limit: int | None, versions: int = 1) -> list[int]:
+    """Indices of at most ``limit`` of ``count`` images, evenly spread, as sets are sorted by class.
+
+    Of a set of several versions of its photographs (all in one version, then all in the next),
+    photographs are spread evenly, and versions taken in turn.
+    """
+    chosen, photographs = min(count, limit or count), count // versions
+    return [k % versions * photographs + k * photographs // chosen for k in range(chosen)]
+
+
 def find_classes(root: Path) -> dict[str, list[Path]]:
     """The images of each class, one folder a class: folder name -> images, both sorted."""
     folders = sorted(path for path in root.glob("[!.]*") if path.is_dir())

@@ -41,6 +41,7 @@ class LabelledImages(Dataset):
         images: pairs of an image (of Pillow, a path, or ``(H, W, 3)`` uint8) and a label.
         class_names: what the labels count, as a sentence would have it.
         files_sha256: changes with the names, sizes and dates of the set's files.
+        versions: of each photograph: the set holds all photographs, all again in the next version.
         prepare: what is made of each RGB image, if anything.
     """
 
@@ -48,10 +49,15 @@ class LabelledImages(Dataset):
     images: Any
     class_names: tuple[str, ...]
     files_sha256: str
+    versions: int = 1
     prepare: Callable[[Image.Image], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def photograph(self, index: int) -> int:
+        """Which photograph an image shows."""
+        return index % (len(self) // self.versions)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """One pair, or ``UnreadableImage``."""
@@ -121,18 +127,13 @@ def _cifar10c(root: Path, corruption: str, severity: int) -> LabelledImages:
         rows = (np.split(array, 5)[severity - 1] for array in (images, labels))
         pairs.extend(zip(*rows, strict=True))
     identity = _identity([root / "labels.npy", *files], root)
-    return LabelledImages(f"cifar10c-{corruption}-{severity}", pairs, CIFAR10_CLASSES, identity)
+    name = f"cifar10c-{corruption}-{severity}"
+    return LabelledImages(name, pairs, CIFAR10_CLASSES, identity, versions=len(files))
 
 
 def _identity(files: Iterable[Path], root: Path) -> str:
     files = (file for file in files if not file.is_dir())
     return dated_sha256({file.relative_to(root).as_posix(): file for file in files})
-
-
-def spread(count: int, limit: int | None) -> list[int]:
-    """Indices of at most ``limit`` of ``count`` images, evenly spread: sets are sorted by class."""
-    chosen = min(count, limit or count)
-    return [index * count // chosen for index in range(chosen)]
 
 
 def read_batches(

@@ -7,8 +7,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 
-from apm.data.images import Skipped
-from apm.data.test_sets import LabelledImages, load_dataset, read_batches, spread
+from apm.data.images import Skipped, spread
+from apm.data.test_sets import LabelledImages, load_dataset, read_batches
 from apm.preprocessing import to_pixels
 
 

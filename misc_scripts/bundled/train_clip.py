@@ -56,8 +56,8 @@ from tqdm import tqdm
 from apm.checkpoint import load_tensors, save_tensors
 from apm.config import TrainConfig
 from apm.data.class_names import SINGLE, load_templates
-from apm.data.images import Skipped
-from apm.data.test_sets import LabelledImages, read_batches, spread
+from apm.data.images import Skipped, spread
+from apm.data.test_sets import LabelledImages, read_batches
 from apm.runtime.device import seed_everything, select_device
 from apm.runtime.files import file_sha256, keep_settings, prepare_output
 from apm.teachers import load_dense_teacher

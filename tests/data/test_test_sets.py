@@ -8,8 +8,8 @@ from tiny_clip_data import load_splits
 
 from apm.choices import CORRUPTIONS, DATASETS
 from apm.data.class_names import CIFAR10_CLASSES
-from apm.data.images import UnreadableImage, find_images
-from apm.data.test_sets import load_dataset, spread
+from apm.data.images import UnreadableImage, find_images, spread
+from apm.data.test_sets import load_dataset
 
 
 def test_a_folder_of_class_folders(tmp_path):
@@ -117,6 +117,18 @@ def test_a_limit_is_spread_over_the_set():
     assert {labels[index] for index in spread(1000, 10)} == set(range(10))
 
 
+def test_a_limit_takes_as_many_photographs_as_it_can_and_all_versions_alike():
+    photographs, versions = 500, 15
+    assert sorted(spread(7500, None, versions)) == list(range(7500))
+    for limit in (10, 300, 450, 500, 1000, 7000):
+        chosen = spread(7500, limit, versions)
+        assert len(set(chosen)) == limit
+        shown = [index % photographs for index in chosen]
+        assert len(set(shown)) == min(limit, photographs)
+        assert max(np.diff(shown)) <= -(-photographs // limit)  # from all of the set
+        assert np.ptp(np.bincount([index // photographs for index in chosen], minlength=15)) <= 1
+
+
 def test_a_training_set_and_its_test_set(tmp_path):
     for folder in ("train/cat", "train/dog", "test/cat", "test/dog"):
         (tmp_path / folder).mkdir(parents=True)
@@ -146,6 +158,8 @@ def test_cifar10c(tmp_path):
     again = load_dataset("cifar10c", tmp_path, corruption="fog")
     assert again.files_sha256 == fog.files_sha256
     assert len(everything) == 15 * 4 and everything.name == "cifar10c-all-5"
+    assert (everything.versions, fog.versions) == (15, 1)
+    assert [everything.photograph(index) for index in range(6)] == [0, 1, 2, 3, 0, 1]
     assert [everything[index][1] for index in range(8)] == [3, 1, 4, 1] * 2
     for severity in (0, 6):
         with pytest.raises(ValueError, match="severity"):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from apm.choices import CORRUPTIONS
 from apm.data.class_names import CIFAR10_CLASSES
+from apm.data.images import spread
 from apm.data.test_sets import load_dataset
 
 corruptions = load_script("misc_scripts/corruptions.py")
@@ -87,6 +88,15 @@ def test_cifar10c_reads_each_image_with_its_class(run, images):
     assert names == ["cat", "cat", "dog", "frog", "frog"]
 
 
+def test_a_limit_takes_images_of_every_class(run):
+    for layout in ("npy", "folder"):
+        arguments = ["--layout", layout, "--corruptions", "contrast", "--limit", "3"]
+        status, output = run(layout, *arguments)
+        assert status == 0
+    assert np.load(output.parent / "npy" / "labels.npy").tolist() == [3, 3, 6] * 5
+    assert {path.parent.name for path in output.glob("contrast/1/*/*")} == {"cat", "frog"}
+
+
 def test_npy_takes_no_classes_but_those_of_cifar_10(run, images, tmp_path, capsys):
     (images / "dog").rename(images / "zebra")
     for parameters in ("cifar", "imagenet"):
@@ -116,7 +126,8 @@ def test_an_image_is_the_same_whatever_else_is_made(run):
     for name in ("snow", "frost", "gaussian_noise"):
         by_severity = everything[name].reshape(5, 5, 24, 24, 3)
         assert np.array_equal(
-            np.load(output / f"{name}.npy").reshape(2, 3, 24, 24, 3), by_severity[[1, 4], :3]
+            np.load(output / f"{name}.npy").reshape(2, 3, 24, 24, 3),
+            by_severity[[1, 4]][:, spread(5, 3)],
         )
         assert np.array_equal(
             np.asarray(Image.open(files / name / "5" / "dog" / "x.png")), by_severity[4, 2]
