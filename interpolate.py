@@ -54,7 +54,7 @@ FRAME_SIDE = 320
 TITLE = "RGB and islands from the column alone: no pixels, no local patches"
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def percepts(
     model: APM,
     ends: torch.Tensor,

@@ -36,7 +36,7 @@ class Percept:
     rgb: np.ndarray | None = None  # (h, w, 3) in [0, 1]; other models than an APM answer none
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def perceive(
     model: APM,
     image: Image.Image,
@@ -71,7 +71,7 @@ def perceive(
     return Percept(view.picture, features[0], view.left_out, rgb[0])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def answer_in_turn(
     model: APM, view: View, grid: int, places: Sequence[Tensor]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -108,7 +108,7 @@ def view_of(model: APM, image: Image.Image, fit: str | None = None) -> View:
     return View(np.asarray(square), images, left_out(image, preprocessing))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def answer_grid(
     model: APM,
     column: Tensor,

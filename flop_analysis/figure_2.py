@@ -26,7 +26,7 @@ def features(model: APM, images: Tensor, locations: int = LOCATIONS) -> Tensor:
     return model.feature_head(model.hidden(query))
 
 
-@torch.no_grad()  # not inference_mode, in which older counters miss linear layers
+@torch.no_grad()
 def figure_rows(model: APM, clip: nn.Module, clip_gmacs: float, repeats: int) -> list[dict]:
     """GMACs and milliseconds of a forward pass: for each number of patches, for all, and CLIP's.
 

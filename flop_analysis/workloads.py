@@ -28,7 +28,7 @@ class Workload(NamedTuple):
 
 def forward(model: nn.Module, *inputs: Tensor) -> Workload:
     """A forward pass alone."""
-    return Workload(model, torch.inference_mode()(partial(model, *inputs)))
+    return Workload(model, torch.no_grad()(partial(model, *inputs)))
 
 
 def swin_forward() -> Workload:
@@ -51,7 +51,7 @@ def tpt_step(classes: int = CLASSES) -> Workload:
 def student_forward(chunk_size: int) -> Workload:
     """Features and colours of the whole grid, ``chunk_size`` locations at a time."""
     model, images = APM(APMConfig.tta()), torch.rand(1, 3, 448, 448)
-    run = torch.inference_mode()(lambda: model.query(model.encode(images), chunk_size=chunk_size))
+    run = torch.no_grad()(lambda: model.query(model.encode(images), chunk_size=chunk_size))
     return Workload(model, run)
 
 

@@ -155,8 +155,7 @@ def peer_cost(answer: Answer, teacher: TokenTeacher) -> Cost:
 def _cost(teacher: TokenTeacher, work: Callable[[], object]) -> Cost:
     device, counts = next(teacher.parameters()).device, list[int]()
     _, peak = peak_bytes(lambda: None, lambda _: counts.append(multiply_adds(work)), device)
-    if device.type != "cuda":  # whose allocator knows of the teacher
-        peak += sum(tensor.nbytes for tensor in teacher.state_dict().values())
+    peak += sum(tensor.nbytes for tensor in teacher.state_dict().values())
     return {"GMACs": counts[0] / 1e9, "peak_GB": peak / 1e9}
 
 

@@ -60,9 +60,18 @@ def generator_at(seed: int, index: int) -> torch.Generator:
 
 
 def multiply_adds(work: Callable[[], object]) -> int:
-    """Multiply-adds of matrix products and convolutions, backward passes included."""
-    with FlopCounterMode(display=False) as counter:
-        work()
+    """Multiply-adds of matrix products and convolutions, backward passes included.
+
+    ``work`` may use ``no_grad``, not ``inference_mode``, in which older torch counts no linear
+    layer.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # whose products torch does not count
+    try:
+        with FlopCounterMode(display=False) as counter:
+            work()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return counter.get_total_flops() // 2  # torch counts each as two operations
 
 
@@ -71,14 +80,15 @@ def peak_bytes(
 ) -> tuple[Built, int]:
     """Build something, work with it: what was built, and the most that tensors held meanwhile.
 
-    On a GPU its allocator tells, of all tensors there are. On a CPU torch's profiler does, of those
-    made since ``build`` began: it totals what it saw allocated and freed.
+    Of tensors made since ``build`` began. On a GPU its allocator tells; on a CPU torch's profiler,
+    which totals what it saw allocated and freed.
     """
     if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
         built = build()
         torch.cuda.reset_peak_memory_stats()
         work(built)
-        return built, torch.cuda.max_memory_allocated()
+        return built, torch.cuda.max_memory_allocated() - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         built = build()
