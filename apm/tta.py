@@ -4,6 +4,7 @@ A student that knows nothing learns one vector, its teacher's embedding of one i
 image it starts again from nothing.
 """
 
+import math
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,8 @@ class TestTimeTrainer:
             raise ValueError(f"needs a student with pooling and at least one iteration, got {got}")
         if locations is not None and locations < 1:
             raise ValueError(f"locations {locations}: a step needs at least one, or None for all")
+        if not 0 < learning_rate < math.inf:
+            raise ValueError(f"learning rate {learning_rate} must be above 0 and finite")
         self.iterations, self.learning_rate = iterations, learning_rate
         few = locations is not None and locations < model.config.column_dim
         self.locations, self.location_seed = locations if few else None, location_seed
@@ -215,6 +218,9 @@ class TestTimeTrainer:
                 losses.append(self._step(answer, targets, optimizer)[0])
         by_student = torch.stack(losses, dim=1).tolist()  # one copy, not one a step
         outputs = torch.stack([*pooled.values()], dim=1).cpu()  # (K, steps, F)
+        if not outputs.isfinite().all():
+            rate = self.learning_rate
+            raise ValueError(f"a student's answer is not finite: lower the learning rate {rate}")
         return [
             (one, dict(zip(pooled, rows, strict=True)))
             for one, rows in zip(by_student, outputs, strict=True)

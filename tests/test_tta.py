@@ -254,3 +254,17 @@ def test_impossible_settings_are_refused():
         TestTimeTrainer(APM(STUDENT), iterations=0)
     with pytest.raises(ValueError, match="locations 0"):
         TestTimeTrainer(APM(STUDENT), locations=0)
+    for rate in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"learning rate {rate} must be above 0"):
+            TestTimeTrainer(APM(STUDENT), learning_rate=rate)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_an_answer_that_is_not_finite_is_no_answer(image_and_target, together):
+    image, target = image_and_target
+    trainer = TestTimeTrainer(APM(STUDENT), iterations=3, learning_rate=1e30)
+    with pytest.raises(ValueError, match="not finite"):
+        if together:
+            trainer.adapt_many(image[None], target[None], [0])
+        else:
+            trainer.adapt(image, target)
