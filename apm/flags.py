@@ -111,7 +111,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {  # by groups, in the order of --
             worker_count, "processes or threads that read images, at most one a core", default=0
         ),
         "--repeats": _flag(positive_int, "timed runs of a row, of which the median counts"),
-        "--seed": _flag(int, "seed of all randomness", default=0),
+        "--seed": _flag(whole(0, 2**32 - 1), "seed of all randomness", default=0),
     },
 }
 
