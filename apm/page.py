@@ -144,7 +144,7 @@ class Page:
 
         Args:
             steps: where the pictures of the run lie on a line; they get a slider, not a folder.
-            losses: of each step from 1 on, for a curve.
+            losses: after 0, 1, 2, ... steps, for a curve.
 
         Returns:
             For each model the error of the cosines in the page, mean and 99th percentile, that of

@@ -73,7 +73,7 @@ def pages(tmp_path_factory) -> Path:
     page.save()
     for name, steps, losses in (
         ("interpolation", [0, 0.25, 1], ()),
-        ("training", [2, 4, 6], [1e-1, 1e-2, float("nan"), 1e-4, 1e-5, 1e-6]),
+        ("training", [2, 4, 6], [1, 1e-1, 1e-2, float("nan"), 1e-4, 1e-5, 1e-6]),
     ):
         page = Page(folder / name, name, {})
         for n, _ in enumerate(steps):
@@ -303,14 +303,18 @@ def test_a_slider_over_the_iterations_moves_a_point_along_the_loss(visit):
     page = visit("training")
     page.wait_for_function("stages.length")
     points = {}
-    for iteration, shown in ((1, 0), (2, 0), (4, 1), (5, 1), (6, 2)):
+    for iteration, shown in ((0, 0), (1, 0), (2, 0), (4, 1), (5, 1), (6, 2)):
         page.locator("#step").fill(str(iteration))
         page.wait_for_function(f"shown === {shown}")
         points[iteration] = page.evaluate("['cx', 'cy'].map((a) => +$('point').getAttribute(a))")
-        assert page.inner_text("#step-value").startswith(f"{iteration}: loss 1.00e-{iteration};")
+        assert page.inner_text("#step-value").startswith(
+            f"{iteration}: loss 1.00e{'-' if iteration else '+'}{iteration};"
+        )
     across, down = np.array(list(points.values())).T
-    np.testing.assert_allclose(np.diff(across) / np.diff(list(points)), 106)
-    np.testing.assert_allclose(np.diff(down) / np.diff(list(points)), 22)  # a power of ten each
+    np.testing.assert_allclose(np.diff(across) / np.diff(list(points)), 530 / 6)
+    np.testing.assert_allclose(
+        np.diff(down) / np.diff(list(points)), 110 / 6
+    )  # a power of ten each
     page.locator("#step").fill("3")
     assert "not finite" in page.inner_text("#step-value")
 

@@ -50,7 +50,7 @@ def test_one_image_from_whole_to_parts(main, small_student, command, tmp_path, c
     assert main([*command, *more]) == 0
     assert "student:" in capsys.readouterr().out
     found = results(output)
-    assert len(found["losses"]) == 4 and found["losses"][3] < found["losses"][0]
+    assert len(found["losses"]) == 1 + 4 and found["losses"][4] < found["losses"][0]
     assert set(found["probabilities"]["student"]) == {"cat", "dog", "cup of coffee"}
     with Image.open(output / "islands.gif") as animation:
         assert animation.n_frames == 2
