@@ -82,7 +82,7 @@ from methods import (
     teacher_cost,
 )
 from tqdm import tqdm
-from tta_setup import build
+from tta_setup import build_teacher, build_trainer
 
 from apm.data.class_names import load_templates
 from apm.data.images import Skipped, spread
@@ -137,7 +137,8 @@ def main(argv: list[str] | None = None) -> None:
     results = Results(args, device)
     described = describe(data)
     seed_everything(args.seed)
-    teacher, trainer = build(args, device)
+    teacher = build_teacher(args, device)
+    trainer = build_trainer(args, teacher, device, args.locations)
     alone = teacher_classes(teacher, data.class_names, args.templates, args.method != ["apm"])
     classes = next(iter(alone.values()))
     peers = {

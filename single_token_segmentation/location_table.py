@@ -8,19 +8,13 @@ was stopped goes on when it is given again.
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
-from functools import partial
 
-from tta_flags import location_count, make_tta_parser
+from tta_flags import make_tta_parser
 
 from apm.flags import OUTPUTS
 from apm.runtime.cli import Results, answer_flags, command
 
 ARMS = ("whole", "no-position", "no-column")
-
-
-def location_counts(text: str) -> tuple[int, ...]:
-    """An argparse type: numbers of locations, by commas."""
-    return tuple(location_count(part) for part in text.split(","))
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -32,11 +26,11 @@ def parse(argv: list[str] | None) -> Namespace:
         output=OUTPUTS / "location_table",
         iterations=20,
         parallel=1,
+        locations="1,4,16,64,256,1024",
+        several=True,
     )
-    add = partial(parser.add, "test-time training")
-    counts = "numbers of locations a step, with commas between; a row of the table each"
-    add("--counts", type=location_counts, default="1,4,16,64,256,1024", help=counts)
-    add("--arms", nargs="+", choices=ARMS, default=ARMS, help="what a query holds")
+    arms = "what a query holds"
+    parser.add("test-time training", "--arms", nargs="+", choices=ARMS, default=ARMS, help=arms)
     args = parser.parse_args(argv)
     args.report_at = [args.iterations]
     return args
@@ -47,7 +41,7 @@ answer_flags(__name__, parse)
 import torch
 from evaluation import embed_set, print_methods, row_columns, score
 from methods import run_students
-from tta_setup import build
+from tta_setup import build_teacher, build_trainer
 
 from apm import APM
 from apm.data.class_names import load_templates
@@ -56,7 +50,6 @@ from apm.data.test_sets import load_dataset
 from apm.runtime.device import seed_everything, select_device
 from apm.runtime.files import keep_settings, prepare_output
 from apm.runtime.logs import RowLog
-from apm.tta import TestTimeTrainer
 
 
 def zero_arm(model: APM, arm: str) -> None:
@@ -82,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     data = load_dataset("imagefolder", args.data_root)
     results = Results(args, device)
     seed_everything(args.seed)
-    teacher, trainer = build(args, device)
+    teacher = build_teacher(args, device)
     classes = teacher.embed_classes(data.class_names, templates).cpu()
     output = prepare_output(args.output)
     same = ("iterations", "pooling", "learning_rate", "seed", "dtype")
@@ -92,18 +85,11 @@ def main(argv: list[str] | None = None) -> None:
     chosen, skipped = spread(len(data), args.limit), Skipped()
     path = output / "embeddings.safetensors"
     targets = embed_set(teacher, data, chosen, path, skipped, args.workers)
+    wanted = [index for index in chosen if index in targets]
 
     def adapt(arm: str, count: int, indices: Iterable[int]) -> RowLog:
         log = RowLog(output / f"{name_of(count, arm)}.csv", row_columns(args.report_at))
-        student = TestTimeTrainer(
-            APM(trainer.model.config),
-            iterations=args.iterations,
-            learning_rate=args.learning_rate,
-            locations=count,
-            location_seed=args.seed,
-            dtype=args.dtype,
-            device=device,
-        )
+        student = build_trainer(args, teacher, device, count)
         zero_arm(student.model, arm)
         todo = [index for index in indices if index not in log.done]
         for found in run_students(
@@ -114,11 +100,11 @@ def main(argv: list[str] | None = None) -> None:
 
     rows = []
     for arm in args.arms:
-        for count in args.counts:
-            log = adapt(arm, count, targets)
-            rows.append(table_row(name_of(count, arm), log, set(chosen), args.iterations))
+        for count in args.locations:
+            log = adapt(arm, count, wanted)
+            rows.append(table_row(name_of(count, arm), log, set(wanted), args.iterations))
             print_methods(rows[-1:])
-    results.save(output, images=len(targets), skipped=len(skipped), rows=rows)
+    results.save(output, images=len(wanted), skipped=len(skipped), rows=rows)
     print_methods(rows)
     print(f"{output / 'results.json'}; the same command goes on where it was stopped")
 

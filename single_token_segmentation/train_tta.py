@@ -48,7 +48,7 @@ answer_flags(__name__, parse)
 import numpy as np
 import torch
 from tqdm import tqdm
-from tta_setup import build, embed
+from tta_setup import build_teacher, build_trainer, embed
 
 from apm.data.class_names import CIFAR10_CLASSES, imagenet_names, load_templates
 from apm.data.images import load_image
@@ -96,7 +96,8 @@ def main(argv: list[str] | None = None) -> None:
     image = load_image(args.input)
     results = Results(args, device)
     seed_everything(args.seed)
-    teacher, trainer = build(args, device)
+    teacher = build_teacher(args, device)
+    trainer = build_trainer(args, teacher, device, args.locations)
     class_names = args.classes or (
         imagenet_names() if isinstance(teacher, ClassifierTeacher) else CIFAR10_CLASSES
     )
@@ -117,8 +118,9 @@ def main(argv: list[str] | None = None) -> None:
     grids = {step: adapted.features_at[step].view(side, side, -1).numpy() for step in kept}
     picture = np.asarray(preprocessing.picture(image))
     greys, colours = draw_series(output, picture, grids, args.seed)
-    losses = adapted.losses
-    history = [{"iteration": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+    # After 0, 1, 2, ... steps; each but the last of the places that the next step asks.
+    losses = [*adapted.losses, (adapted.pooled - target).square().mean().item()]
+    history = [{"iteration": steps, "loss": loss} for steps, loss in enumerate(losses)]
     loss_figure(output / "loss.png", history, ["loss"], steps="iteration")
 
     logits = teacher.logits(torch.stack([target, adapted.pooled]), classes)
@@ -139,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         probabilities=probabilities,
         page_cosine_error=errors,
     )
-    print(f"loss {losses[0]:.3g} -> {losses[-1]:.3g} in {len(losses)} steps, {seconds:.1f} s")
+    print(f"loss {losses[0]:.3g} -> {losses[-1]:.3g} in {args.iterations} steps, {seconds:.1f} s")
     for name, shares in probabilities.items():
         best = max(shares, key=shares.__getitem__)
         print(f"{name}: {best} ({shares[best]:.3f})")

@@ -20,8 +20,15 @@ def location_count(text: str) -> int:
     return count
 
 
-def make_tta_parser(description: str, *flags: str, example: str, **defaults: Any) -> Parser:
-    """As ``make_parser``, with the flags of teacher and student besides."""
+def location_counts(text: str) -> tuple[int, ...]:
+    """An argparse type: such numbers, with commas between."""
+    return tuple(map(location_count, text.split(",")))
+
+
+def make_tta_parser(
+    description: str, *flags: str, example: str, several: bool = False, **defaults: Any
+) -> Parser:
+    """As ``make_parser``, with the flags of teacher and student; ``several`` ``--locations``."""
     shared = ("--output", "--teacher-weights", "--templates", "--device", "--dtype", "--seed")
     parser = make_parser(
         description, *shared, *flags, example=example, **{"templates": "single"} | defaults
@@ -42,7 +49,9 @@ def make_tta_parser(description: str, *flags: str, example: str, **defaults: Any
         f"random places that each step asks, 1 to {GRID}, or all, as released. Fewer are faster "
         "by their share and end at a higher loss; the answer that counts is that of all places"
     )
-    add("--locations", type=location_count, default="all", help=locations)
+    locations += "; with commas between, a row of the table each" * several
+    kind = location_counts if several else location_count
+    add("--locations", type=kind, default="all", help=locations)
     add("--learning-rate", type=float, default=1e-4, help="learning rate of Adam")
     parser.set_defaults(**defaults)
     return parser

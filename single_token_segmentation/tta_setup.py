@@ -1,4 +1,4 @@
-"""What test-time training of one image and of a data set share: teacher and student."""
+"""What the scripts of test-time training share: teacher and student."""
 
 from argparse import Namespace
 
@@ -11,20 +11,25 @@ from apm.token_teachers import TokenTeacher, load_token_teacher
 from apm.tta import TestTimeTrainer
 
 
-def build(args: Namespace, device: torch.device) -> tuple[TokenTeacher, TestTimeTrainer]:
-    """The teacher, and the trainer of students as wide as its embeddings."""
-    teacher = load_token_teacher(args.teacher, args.teacher_weights).to(device)
+def build_teacher(args: Namespace, device: torch.device) -> TokenTeacher:
+    """The teacher that the flags name."""
+    return load_token_teacher(args.teacher, args.teacher_weights).to(device)
+
+
+def build_trainer(
+    args: Namespace, teacher: TokenTeacher, device: torch.device, locations: int
+) -> TestTimeTrainer:
+    """The trainer of students as wide as the teacher's embeddings."""
     width = embed(teacher, Image.new("RGB", (64, 64)), device).shape[0]
-    trainer = TestTimeTrainer(
+    return TestTimeTrainer(
         APM(APMConfig.tta(width, pooling=args.pooling)),
         iterations=args.iterations,
         learning_rate=args.learning_rate,
-        locations=args.locations,
+        locations=locations,
         location_seed=args.seed,
         dtype=args.dtype,
         device=device,
     )
-    return teacher, trainer
 
 
 def embed(teacher: TokenTeacher, image: Image.Image, device: torch.device) -> Tensor:

@@ -59,7 +59,7 @@ RUN = {
         Run("--input set --corruptions contrast,fog")
     ),
     "python single_token_segmentation/location_table.py --data-root cifar10_test --limit 50": (
-        Run("--data-root set --teacher clip.pt --iterations 1 --counts 1 --arms whole")
+        Run("--data-root set --teacher clip.pt --iterations 1 --locations 1 --arms whole")
     ),
     "python misc_scripts/resize_coco_images.py --input data/coco/train2017 --workers 8": (
         Run("--input photographs --workers 0")

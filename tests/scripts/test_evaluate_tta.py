@@ -403,6 +403,20 @@ def test_bad_input_is_one_line_and_status_2(main, arguments, test_set, tmp_path,
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("locations", ["all", "5"])
+def test_both_scripts_tell_the_same_loss(main, small_student, arguments, tmp_path, locations):
+    """After as many steps; with a few places a step the last loss is still that of all places."""
+    more = ["--locations", locations, "--learning-rate", "1e-2"]
+    assert main([*arguments, *more, "--limit", "1"]) == 0
+    train, image = load_script("single_token_segmentation/train_tta.py").main, "set/cat/0.png"
+    alone = ["--output", str(tmp_path / "one"), "--input", str(tmp_path / image)]
+    shared = arguments[arguments.index("--teacher") : arguments.index("--report-at")]
+    assert train([*shared, *more, *alone, "--classes", "cat,dog"]) == 0
+    losses, [row] = results(tmp_path / "one")["losses"], rows(tmp_path / "out")
+    assert len(losses) == 3 and losses[2] == pytest.approx(row["loss_2"], rel=1e-5)
+    assert (losses[1] == pytest.approx(row["loss_1"], rel=1e-5)) == (locations == "all")
+
+
 @pytest.mark.slow
 def test_clip_vit_b16_goes_through_both_scripts(main, tmp_path, capsys):
     torch.manual_seed(0)
@@ -417,7 +431,7 @@ def test_clip_vit_b16_goes_through_both_scripts(main, tmp_path, capsys):
     image = ["--input", str(folder / "a.png"), "--classes", "cat,dog", "--templates", "clip80"]
     train = load_script("single_token_segmentation/train_tta.py").main
     assert train([*command, *image, "--output", str(one)]) == 0
-    assert len(results(one)["losses"]) == 2
+    assert len(results(one)["losses"]) == 3
     data = ["--dataset", "imagefolder", "--data-root", str(folder.parent), "--report-at", "1,2"]
     assert main([*command, *data, "--output", str(many)]) == 0
     assert len(rows(many)) == 1

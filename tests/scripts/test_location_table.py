@@ -37,7 +37,7 @@ def test_the_table(tmp_path, monkeypatch, capsys):
     arguments = [
         *("--teacher", str(save_tiny_clip(tmp_path / "clip.pt")), "--iterations", "20"),
         *("--data-root", str(tmp_path / "set"), "--output", str(tmp_path / "out")),
-        *("--counts", "1,16", "--arms", "whole", "no-column", "--learning-rate", "3e-2"),
+        *("--locations", "1,16", "--arms", "whole", "no-column", "--learning-rate", "3e-2"),
     ]
     assert script.main(arguments) == 0
     printed = capsys.readouterr().out
@@ -50,5 +50,8 @@ def test_the_table(tmp_path, monkeypatch, capsys):
     assert script.main(arguments) == 0  # all is there: nothing is trained again
     assert (tmp_path / "out" / "whole-1.csv").read_bytes() == before
     assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == found["rows"]
+    assert script.main([*arguments, "--limit", "2"]) == 0  # some of those that are there
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["images"] == 2 and found["rows"][0]["top1"] in (0, 50, 100)
     assert script.main([*arguments, "--seed", "1"]) == 2
     assert "made with seed" in capsys.readouterr().err
