@@ -57,7 +57,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {  # by groups, in the order of --
         "--checkpoint": _flag(Path, "ours (.safetensors), the paper's (.pth)", default=CHECKPOINT),
         "--feature-dim": _flag(positive_int, "width of the features, the teacher's"),
         "--teacher": _flag(str, "dense teacher: a plain ViT by timm's name"),
-        "--teacher-weights": _flag(Path, "teacher's weights, a file (default: timm's, downloaded)"),
+        "--teacher-weights": _flag(Path, "teacher's weights, a file (default: downloaded)"),
         "--teacher-block": _flag(
             int, "teacher's block to take tokens from, 0 first, -1 last (default: the checkpoint's)"
         ),

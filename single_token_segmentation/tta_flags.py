@@ -34,8 +34,9 @@ def make_tta_parser(
         description, *shared, *flags, example=example, **{"templates": "single"} | defaults
     )
     teacher = (
-        "a CLIP by its name (the paper's: ViT-L/14, open_clip:ViT-H-14-quickgelu/dfn5b) or file, "
-        "or a classifier of timm by its name; the bundled one knows CIFAR-10's ten classes"
+        "a CLIP by its name (the paper's: ViT-L/14, open_clip:ViT-H-14-quickgelu/dfn5b), or with a "
+        "file in the place of name or tag; or a classifier of timm by its name, whose file is "
+        "--teacher-weights. The bundled CLIP knows CIFAR-10's ten classes"
     )
     parser.add("model", "--teacher", default=str(BUNDLED_TEACHER), help=teacher)
     add = partial(parser.add, "test-time training")

@@ -54,6 +54,10 @@ RUN = {
     "python single_token_segmentation/evaluate_tta.py --dataset cifar10 --download --limit 30": (
         Run("--dataset imagefolder --data-root set --teacher clip.pt --iterations 1 --report-at 1")
     ),
+    "python single_token_segmentation/evaluate_tta.py --dataset imagefolder --data-root FOLDER "
+    "--teacher ViT-B/16 --templates clip80": (
+        Run("--data-root set --teacher clip.pt --iterations 1 --report-at 1 --limit 1")
+    ),
     "python misc_scripts/make_corruptions.py --input cifar10_test --layout npy --parameters cifar "
     "--frost-textures frost --limit 500 --output cifar10c": (
         Run("--input set --corruptions contrast,fog")
@@ -83,10 +87,8 @@ RUN = {
         Run()
     ),
     "python misc_scripts/1_extract_coco_features.py --input outputs/mine/images --output "
-    "outputs/mine/features --teacher vit_tiny_patch16_224 --teacher-weights "
-    "vit_tiny_patch16_224_in1k.pth --teacher-block 8 --teacher-margin 2 --density 2": (
-        Run("--batch-size 1")
-    ),
+    "outputs/mine/features --teacher vit_tiny_patch16_224 --teacher-block 8 --teacher-margin 2 "
+    "--density 2": Run("--teacher-weights vit_tiny_patch16_224_in1k.pth --batch-size 1"),
     "python misc_scripts/train.py --input outputs/mine/images --features outputs/mine/features "
     "--output outputs/mine/run --batch-size 16 --locations 256 --augment --feature-loss relational "
     "--learning-rate 1.2e-3 --warmup 100 --schedule cosine --epochs 20 --validation-images 10 "
