@@ -137,7 +137,8 @@ class LocalPatch(nn.Module):
         moves = ((positions - points) * patch).round().long()
         moves, group, counts = moves.unique(dim=0, return_inverse=True, return_counts=True)
         order = group.argsort(stable=True)
-        points = (points @ points.new_tensor([side, 1])).long()[order]
+        # No matrix product, which autocast would round to 8 bits.
+        points = (points[:, 0] * side + points[:, 1]).long()[order]
         found = [
             self(move(images, *by)).flatten(2)[..., here]
             for by, here in zip(moves.tolist(), points.split(counts.tolist()), strict=True)

@@ -124,14 +124,16 @@ class APM(nn.Module):
         if chunk_size is None or chunk_size >= len(positions):
             return self.answer(query)
         # Filled part by part: to join them at the end would take all of their memory once more.
-        shape = (len(column), len(positions))
-        features = column.new_empty(*shape, self.config.feature_dim)
-        rgb = column.new_empty(*shape, 3)
+        answers: list[Tensor] = []
         done = 0
         for part in query.split(chunk_size):
-            some, colours = self.answer(part)
-            here = slice(done, done := done + some.shape[1])
-            features[:, here], rgb[:, here] = some, colours
+            some = self.answer(part)
+            if not answers:  # whose dtype they have
+                answers = [one.new_empty(len(one), len(positions), one.shape[-1]) for one in some]
+            here = slice(done, done := done + some[0].shape[1])
+            for whole, one in zip(answers, some, strict=True):
+                whole[:, here] = one
+        features, rgb = answers
         return features, rgb
 
     def query_pooled(

@@ -105,6 +105,15 @@ def test_between_grid_points_the_local_patch_is_the_network_on_the_neighbourhood
         torch.testing.assert_close(embedding, alone, atol=1e-4, rtol=1e-4)
 
 
+def test_in_bfloat16_every_place_of_a_real_grid_has_its_own_local_patch():
+    torch.manual_seed(0)
+    network, images = LocalPatch(8, 4, (0, 0)), torch.randn(2, 3, 128, 128)
+    grid = torch.cartesian_prod(torch.arange(32.0), torch.arange(32.0))
+    whole = network(images).flatten(2).transpose(1, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(network.at(images, grid).float(), whole, atol=0.05, rtol=0.05)
+
+
 def test_at_the_border_the_local_patch_sees_the_image_mirrored():
     torch.manual_seed(0)
     network, images = LocalPatch(8, 4, (1, 1)), torch.randn(2, 3, 16, 16)

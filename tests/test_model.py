@@ -62,6 +62,14 @@ def test_chunks_do_not_matter(asked, chunk_size):
         torch.testing.assert_close(answer, whole, atol=1e-5, rtol=0)
 
 
+def test_chunks_have_the_dtype_of_their_answers(asked):
+    model, images, column, _ = asked
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for chunk_size in (None, 3):
+            answers = model.query(column, chunk_size=chunk_size, images=images)
+            assert {answer.dtype for answer in answers} == {torch.bfloat16}
+
+
 def test_some_locations_are_answered_as_among_all(asked):
     model, images, column, (features, _) = asked
     some = torch.tensor([14, 3, 3, 7])

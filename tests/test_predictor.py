@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, photograph
+from conftest import ROOT, make_model, photograph
 from PIL import Image
 
+from apm import load_model
 from apm.choices import ORDERS
 from apm.consensus import agree
 from apm.predictor import (
@@ -30,6 +31,17 @@ def test_a_percept_is_the_models_answers_on_its_grid(model):
     np.testing.assert_array_equal(percept.picture, photograph(56, 56))
     chunked = perceive(model, photograph(56, 56), chunk_size=3)
     np.testing.assert_allclose(chunked.features, percept.features, atol=1e-5)
+
+
+def test_the_bundled_checkpoint_in_bfloat16():
+    """On its grid of 32x32 places: bfloat16 cannot count so far."""
+    model = load_model(ROOT / "checkpoints" / "apm_small.safetensors")
+    exact, rounded = (
+        perceive(model, photograph(448, 448), dtype=dtype).features.reshape(1024, -1)
+        for dtype in ("float32", "bfloat16")
+    )
+    lengths = np.linalg.norm(exact, axis=1) * np.linalg.norm(rounded, axis=1)
+    assert ((exact * rounded).sum(axis=1) / lengths).min() > 0.999
 
 
 def test_without_local_patches_the_column_alone_answers(model):
