@@ -2,8 +2,8 @@
 
 For each picture a figure: input, RGB reconstruction, islands, islands over the picture; for all of
 them a page to explore them in, index.html, which opens from disk. With --gif also an animation: of
-each picture, how its percept comes into being, place by place in any --order; of a folder with
---joint, its pictures one after the other, as those of a video.
+each picture, how its percept comes into being, place by place in any --order, before any consensus;
+of a folder with --joint, if its pictures have one shape, these one after the other, as a video.
 """
 
 import sys
@@ -62,13 +62,14 @@ def animate(
     view = view_of(model, image, args.fit)
     order = visiting_order(grid, args.order, args.seed)
     shape = shape_of(view.picture, TILE)
-    parts = torch.from_numpy(order).tensor_split(FRAMES)
+    parts = torch.from_numpy(order).tensor_split(min(FRAMES, grid**2))
     features = np.zeros((grid**2, model.config.feature_dim), np.float32)
     shown = np.full((2, grid**2, 3), NOT_YET, np.float32)
     frames = []
     for places, (answers, rgb) in zip(parts, answer_in_turn(model, view, grid, parts), strict=True):
-        features[places] = answers
-        shown[:, places] = rgb, palette(answers)
+        index = places.numpy()  # a tensor of one place would be a number, not an index
+        features[index] = answers
+        shown[:, index] = rgb, palette(answers)
         pictures = shown.reshape(2, grid, grid, 3)
         frames.append(np.hstack([enlarge(picture, shape) for picture in pictures]))
     save_gif(path, frames, back=False)
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     rows, skipped = [], Skipped()
     before: np.ndarray | None = None  # the islands of the picture before
     changes: list[float] = []  # mean absolute change of colour from picture to picture
-    frames: list[np.ndarray] = []  # all pictures' islands, if they become an animation
+    frames: list[np.ndarray] = []  # all pictures' islands, for an animation
     for name, image in load_images(paths, skipped):
         started = time.perf_counter()
         percept = look(image, grid=grid, consensus=args.consensus)
@@ -126,11 +127,10 @@ def main(argv: list[str] | None = None) -> None:
             changes.append(float(np.abs(islands - before).mean()))
         before = islands
         if args.gif and args.joint:
-            frames.append(islands)
+            frames.append(enlarge(islands, shape_of(percept.picture, TILE)))
         rows.append(row)
-    if len(frames) > 1:
-        shape = shape_of(percept.picture, TILE)
-        save_gif(output / "islands.gif", [enlarge(islands, shape) for islands in frames])
+    if len(frames) > 1 and len({frame.shape for frame in frames}) == 1:
+        save_gif(output / "islands.gif", frames, back=False)
     errors = page.save()
     results.save(
         output, images=rows, skipped=skipped, colour_changes=changes, page_cosine_error=errors

@@ -47,11 +47,10 @@ def parse(argv: list[str] | None) -> Namespace:
 answer_flags(__name__, parse)
 
 import numpy as np
-import torch
 from matplotlib import colormaps
 
-from apm import APM, load_model
-from apm.comparison import Colours, Look, directions, palettes, score
+from apm import load_model
+from apm.comparison import Colours, Look, directions, palettes, score, teacher_of
 from apm.data.images import Skipped, UnreadableImage, image_names, load_images
 from apm.drawing import island_row, overlay, panels, save_picture, shape_of
 from apm.islands import sample_landmarks
@@ -60,30 +59,6 @@ from apm.predictor import Percept, crop_report
 from apm.runtime.device import seed_everything, select_device
 from apm.runtime.files import prepare_output
 from apm.scores import checkerboard, mean_scores, pair_with_masks
-from apm.teachers import DenseTeacher, load_dense_teacher
-
-
-def build_teacher(args: Namespace, model: APM, device: torch.device) -> DenseTeacher | None:
-    """The teacher that the flags name; block and margin default to those of the checkpoint."""
-    trained = model.provenance.get("teacher")
-    trained = trained if isinstance(trained, dict) else {}
-    name = args.teacher or (args.teacher_weights and trained.get("teacher"))
-    if not name:
-        return None
-    known = trained if trained.get("teacher") == name else {}
-    teacher = load_dense_teacher(
-        name,
-        args.teacher_weights,
-        grid_size=model.config.grid_size,
-        block=known.get("block", -1) if args.teacher_block is None else args.teacher_block,
-        margin=known.get("margin", 0) if args.teacher_margin is None else args.teacher_margin,
-    )
-    if teacher.feature_dim != model.config.feature_dim:
-        raise ValueError(
-            f"--teacher {name!r} has features of width {teacher.feature_dim}, the checkpoint "
-            f"answers {model.config.feature_dim}: name the teacher that it learnt from"
-        )
-    return teacher.to(device)
 
 
 def panels_of(
@@ -123,7 +98,9 @@ def main(argv: list[str] | None = None) -> None:
     else:
         pairs, paths = {}, image_names(args.input, args.limit)
     model = load_model(args.checkpoint, device)
-    look = Look(model, build_teacher(args, model, device), args.fit, args.chunk_size, args.dtype)
+    which = (args.teacher, args.teacher_weights, args.teacher_block, args.teacher_margin)
+    teacher = teacher_of(model, *which)
+    look = Look(model, teacher, args.fit, args.chunk_size, args.dtype)
     output = prepare_output(args.output)
     results = Results(args, device)
     seed_everything(args.seed)
@@ -140,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     page = None if args.score else Page(output, title, said, joint=args.joint)
     scored: list[dict[str, tuple[float, float]]] = []
     repeats: list[float] = []
-    crops, skipped = {}, Skipped()
+    crops, skipped, unscored = {}, Skipped(), list[str]()
     for name, image in load_images(paths, skipped):
         if page is None:
             try:
@@ -149,6 +126,9 @@ def main(argv: list[str] | None = None) -> None:
                 )
             except UnreadableImage as error:
                 skipped.add(error)
+                continue
+            if not found:  # masks of one class
+                unscored.append(name)
                 continue
             scored.append(found)
             if grid % own == 0 and grid > 2 * own:
@@ -173,6 +153,8 @@ def main(argv: list[str] | None = None) -> None:
         output,
         images=len(crops),
         skipped=skipped,
+        unscored=unscored,
+        teacher=teacher and teacher.description(),
         scores=scores,
         checkerboard=float(np.mean(repeats)) if repeats else None,
         left_out={name: shares for name, shares in crops.items() if shares},
@@ -181,11 +163,13 @@ def main(argv: list[str] | None = None) -> None:
     if line := crop_report(crops):
         print(line)
     for name, row in scores.items():
-        gain = f"{row['gain']:+.3f} +- {row['gain_error']:.3f}"
-        ari = f"{row['ari']:.3f} +- {row['ari_error']:.3f}"
+        ari, gain = f"{row['ari']:.3f}", f"{row['gain']:+.3f}"
+        if "ari_error" in row:
+            ari, gain = f"{ari} +- {row['ari_error']:.3f}", f"{gain} +- {row['gain_error']:.3f}"
         print(f"{name:24} ARI {ari} ({gain})  NMI {row['nmi']:.3f}")
     if scores:
-        print(f"{row['images']} images; in brackets the difference to the student's, paired")
+        alone = f", {len(unscored)} more whose masks have one class" if unscored else ""
+        print(f"{row['images']} images{alone}; in brackets the difference to the student's, paired")
     if repeats:
         print(f"checkerboard of the student's own grid: {np.mean(repeats):.2f} (1: none)")
     if page:

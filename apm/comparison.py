@@ -1,5 +1,6 @@
 """Student and teacher at the same places of a picture: their features, colours and scores."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,11 +13,12 @@ from PIL import Image
 from apm.islands import Palette, palette_chain
 from apm.layers import bilinear
 from apm.model import APM
-from apm.predictor import Percept, mean_colours, perceive
+from apm.predictor import Percept, agreeing, mean_colours, perceive
 from apm.preprocessing import to_pixels
 from apm.scores import island_scores, mask_labels, ways_to
-from apm.teachers import DenseTeacher
+from apm.teachers import DenseTeacher, architecture_of, load_dense_teacher
 
+logger = logging.getLogger(__name__)
 Colours = Callable[[np.ndarray], np.ndarray]  # of features, as a Palette
 
 
@@ -51,8 +53,44 @@ class Look:
     def both(self, image: Image.Image, grid: int, consensus: int) -> tuple[Percept, np.ndarray]:
         """The percept, and features of the student and of a teacher, if any: ``(S, h, w, F)``."""
         percept, tokens = self.student(image, grid, consensus=consensus), self.tokens(image, grid)
-        found = [percept.features] if tokens is None else [percept.features, tokens]
+        found = [percept.features]
+        if tokens is not None:
+            found.append(agreeing(tokens, percept.picture, consensus))
         return percept, np.stack(found)
+
+
+def teacher_of(
+    model: APM, name: str | None, weights: Path | None, block: int | None, margin: int | None
+) -> DenseTeacher | None:
+    """The teacher to set beside a model, if one is named by its name or its weights.
+
+    Block and margin default to those that the model learnt from, where it learnt from such a ViT.
+    """
+    trained = model.provenance.get("teacher")
+    trained = trained if isinstance(trained, dict) else {}
+    if name is None and weights:
+        name = trained.get("teacher")
+    if not name:
+        if any(given is not None for given in (weights, block, margin)):
+            raise ValueError("--teacher-weights, -block, -margin: name the teacher with --teacher")
+        return None
+    like = architecture_of(str(trained.get("teacher"))) == architecture_of(name)
+    known = trained if like else {}
+    teacher = load_dense_teacher(
+        name,
+        weights,
+        grid_size=model.config.grid_size,
+        block=known.get("block", -1) if block is None else block,
+        margin=known.get("margin", 0) if margin is None else margin,
+    )
+    if teacher.feature_dim != model.config.feature_dim:
+        raise ValueError(
+            f"--teacher {name!r} has features of width {teacher.feature_dim}, the checkpoint "
+            f"answers {model.config.feature_dim}: name the teacher that it learnt from"
+        )
+    if trained and known.get("weights_sha256", "") != teacher.identity["weights_sha256"]:
+        logger.warning("--teacher %r: other weights than the checkpoint learnt from", name)
+    return teacher.to(model.device)
 
 
 def palettes(landmarks: np.ndarray, method: str, seed: int) -> list[Colours]:
@@ -88,14 +126,14 @@ def score(
     """ARI and NMI of each kind of features, and the percept; none if the mask has one class only.
 
     Raises:
-        UnreadableImage: if the mask cannot be read.
+        UnreadableImage: if the mask cannot be read, or is not of the image's shape.
     """
     model, own = look.model, look.model.config.grid_size
     percept = few = look.student(image, grid)
     tokens = few_tokens = look.tokens(image, grid, max(1, grid // own))
     if grid != own:
         few, few_tokens = look.student(image, own), look.tokens(image, own)
-    labels = mask_labels(mask, replace(model.preprocessing, fit=look.fit), grid)
+    labels = mask_labels(mask, image.size, replace(model.preprocessing, fit=look.fit), grid)
     colours, few_colours = (mean_colours(percept.picture, side) for side in (grid, own))
     aspect = percept.picture.shape[0] / percept.picture.shape[1]
     ways = partial(ways_to, colours=colours, consensus=consensus, aspect=aspect)

@@ -52,7 +52,7 @@ class Page:
         self.run: dict[str, Any] = {
             "title": title,
             "facts": {
-                name: Path(value).name if Path(str(value)).is_file() else str(value)
+                name: Path(str(value)).name if Path(str(value)).is_file() else str(value)
                 for name, value in facts.items()
                 if value is not None
             },
@@ -225,7 +225,8 @@ def compress(directions: np.ndarray, axes: np.ndarray) -> tuple[dict[str, Any], 
     small = points @ axes
     scale = max(float(np.abs(small).max()), 1e-12) / 127
     numbers = (small / scale).round().astype(np.int8)
-    some, known = slice(None, None, max(1, len(points) // 16)), numbers * np.float32(scale)
+    some = np.random.default_rng(0).permutation(len(points))[:16]
+    known = numbers * np.float32(scale)
     errors = np.abs(points[some] @ points.T - known[some] @ known.T)
     values = base64.b64encode(numbers.tobytes()).decode()
     return {"shape": directions.shape[:2], "scale": scale, "values": values}, errors

@@ -63,12 +63,16 @@ def perceive(
         column = model.encode(view.images)
         seen = view.images if local else None
         features, rgb = answer_grid(model, column, seen, grid=grid, chunk_size=chunk_size)
-    if consensus:
-        colours = mean_colours(view.picture, features.shape[1])
-        height, width = view.picture.shape[:2]
-        agreed = agree(torch.from_numpy(features[0]), colours, consensus, height / width)
-        features = agreed.numpy()[None]
-    return Percept(view.picture, features[0], view.left_out, rgb[0])
+    agreed = agreeing(features[0], view.picture, consensus)
+    return Percept(view.picture, agreed, view.left_out, rgb[0])
+
+
+def agreeing(features: np.ndarray, picture: np.ndarray, consensus: int) -> np.ndarray:
+    """Features ``(h, h, F)`` of a picture, uint8, after steps of ``apm.consensus``."""
+    if not consensus:
+        return features
+    colours, (height, width, _) = mean_colours(picture, len(features)), picture.shape
+    return agree(torch.from_numpy(features), colours, consensus, height / width).numpy()
 
 
 @torch.no_grad()

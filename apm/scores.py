@@ -13,7 +13,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
 from apm.consensus import COLOUR, agree
-from apm.data.images import image_names, load_labels
+from apm.data.images import UnreadableImage, image_names, load_labels
 from apm.preprocessing import Preprocessing
 
 UNLABELLED = 0
@@ -32,14 +32,21 @@ def pair_with_masks(images: Path, masks: Path) -> dict[str, tuple[Path, Path]]:
     return pairs
 
 
-def mask_labels(mask: Path, preprocessing: Preprocessing, grid: int) -> np.ndarray:
+def mask_labels(
+    mask: Path, size: tuple[int, int], preprocessing: Preprocessing, grid: int
+) -> np.ndarray:
     """The majority class of a mask in each cell of a grid: ``(N,)`` int, row by row.
 
     Raises:
-        UnreadableImage: if the mask cannot be read.
+        UnreadableImage: if the mask cannot be read, or has another shape than the photograph, whose
+            width and height are ``size``.
     """
+    image, (width, height) = load_labels(mask), size
+    if abs(image.width * height - image.height * width) > width + height:  # more than a pixel
+        shape = f"{image.width} x {image.height}, its photograph {width} x {height}"
+        raise UnreadableImage(mask, f"another shape than its photograph ({shape})")
     fine = -(-preprocessing.image_size // grid)  # pixels along a side of a cell
-    labels = preprocessing.labels(load_labels(mask), fine * grid)
+    labels = preprocessing.labels(image, fine * grid)
     cells = labels.reshape(grid, fine, grid, fine).swapaxes(1, 2).reshape(grid**2, fine**2)
     return np.array([np.bincount(cell).argmax() for cell in cells])
 
@@ -64,7 +71,7 @@ def island_scores(
     points = features.reshape(len(labels), -1)
     points = points.astype(np.float32) - points.mean(axis=0, dtype=np.float32)
     if points.shape[1] > PCA_DIM:
-        points = PCA(PCA_DIM, random_state=seed).fit_transform(points)
+        points = PCA(min(PCA_DIM, len(points)), random_state=seed).fit_transform(points)
     clusters = KMeans(k, n_init=4, random_state=seed).fit_predict(points)
     return (
         adjusted_rand_score(labels[labelled], clusters[labelled]),
@@ -111,7 +118,8 @@ def upsampled(features: np.ndarray, coarse: Tensor, fine: Tensor) -> dict[str, n
         coarse, fine: ``(h, w, 3)`` and ``(H, W, 3)`` float in [0, 1], mean colours of the cells.
     """
     maps, shape = torch.from_numpy(features).permute(2, 0, 1)[None], fine.shape[:2]
-    ways = {mode: F.interpolate(maps, shape, mode=mode)[0] for mode in ("nearest", "bilinear")}
+    modes = {"nearest": "nearest-exact", "bilinear": "bilinear"}
+    ways = {way: F.interpolate(maps, shape, mode=mode)[0] for way, mode in modes.items()}
     places = [  # in units of the coarse grid
         (torch.arange(n) + 0.5) * m / n - 0.5 for n, m in zip(shape, coarse.shape[:2], strict=True)
     ]
@@ -157,7 +165,7 @@ def mean_scores(
     """Mean ``island_scores`` of each kind of features; pictures without any do not count.
 
     ``gain`` is the mean difference of its ARI to that of the first kind, paired over the pictures;
-    ``*_error`` are standard errors.
+    ``*_error`` are standard errors, which a single picture has none of.
     """
     rows, means = [row for row in scored if row], {}
     for name in rows[0] if rows else ():
@@ -165,8 +173,8 @@ def mean_scores(
         gain = ari - [next(iter(row.values()))[0] for row in rows]
         numbers = {"ari": ari, "nmi": nmi, "gain": gain}
         means[name] = {key: float(values.mean()) for key, values in numbers.items()}
-        for key in ("ari", "gain"):
-            spread = float(numbers[key].std(ddof=1)) if len(rows) > 1 else 0.0
+        for key in ("ari", "gain") if len(rows) > 1 else ():
+            spread = float(numbers[key].std(ddof=1))
             means[name][f"{key}_error"] = spread / len(rows) ** 0.5
         means[name]["images"] = len(rows)
     return means

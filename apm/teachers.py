@@ -37,6 +37,11 @@ def timm_name(name: str) -> str:
     return name.removeprefix("hf-hub:").removeprefix("timm/")
 
 
+def architecture_of(name: str) -> str:
+    """timm's own name of a model, without the tag of its weights."""
+    return timm_name(name).partition(".")[0]
+
+
 def sketch(name: str, **settings: Any) -> Any:
     """A model of timm on the meta device: shapes without numbers."""
     own_name = timm_name(name)
@@ -127,8 +132,8 @@ class DenseTeacher(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, H)`` float RGB in [0, 1] -> ``(B, N, F)`` float32, row by row.
 
-        ``N = (grid_size * density)**2``. Each token stands for the middle of its cell, to half a
-        pixel.
+        ``N = (grid_size * density)**2``. Each token stands for the middle of its cell, to less than
+        a pixel.
         """
         patch = self.vit.patch_embed.patch_size[0]
         side, border = self.grid_size * patch, self.margin * patch

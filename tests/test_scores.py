@@ -44,7 +44,7 @@ def test_a_patch_has_its_majoritys_label(tmp_path):
     mask[:14, 14:20] = 7
     mask[14:28, 30:] = 200
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    labels = mask_labels(tmp_path / "mask.png", Preprocessing(image_size=42), 3)
+    labels = mask_labels(tmp_path / "mask.png", (42, 42), Preprocessing(image_size=42), 3)
     assert labels.tolist() == [5, 0, 0, 0, 0, 200, 0, 0, 0]
 
 
@@ -52,11 +52,30 @@ def test_labels_of_a_mask_are_those_of_the_crop(tmp_path):
     mask = np.zeros((28, 56), np.uint8)
     mask[:, :28], mask[:, 28:] = 3, 4  # the crop is the middle half
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    labels = mask_labels(tmp_path / "mask.png", Preprocessing(image_size=28), 2)
+    labels = mask_labels(tmp_path / "mask.png", (56, 28), Preprocessing(image_size=28), 2)
     assert labels.tolist() == [3, 4, 3, 4]
     (tmp_path / "mask.png").write_text("no mask")
     with pytest.raises(UnreadableImage, match=r"mask\.png: cannot be read as a mask"):
-        mask_labels(tmp_path / "mask.png", Preprocessing(image_size=28), 2)
+        mask_labels(tmp_path / "mask.png", (56, 28), Preprocessing(image_size=28), 2)
+
+
+def test_a_mask_of_another_shape_than_its_photograph_is_refused(tmp_path):
+    Image.new("L", (56, 28), 1).save(tmp_path / "mask.png")
+    for size in ((28, 56), (50, 28)):
+        with pytest.raises(UnreadableImage, match=r"another shape.*56 x 28"):
+            mask_labels(tmp_path / "mask.png", size, Preprocessing(image_size=28), 2)
+    for size in ((113, 56), (640, 320)):  # another size of the same
+        mask_labels(tmp_path / "mask.png", size, Preprocessing(image_size=28), 2)
+    for wrong in (-1.0, float("nan")):
+        Image.fromarray(np.full((28, 28), wrong, np.float32)).save(tmp_path / "mask.tiff")
+        with pytest.raises(UnreadableImage, match=r"mask\.tiff.*expected class ids"):
+            mask_labels(tmp_path / "mask.tiff", (28, 28), Preprocessing(image_size=28), 2)
+
+
+def test_few_places_are_scored_too():
+    features = np.random.default_rng(0).normal(size=(3, 3, 50))
+    features[:, 2] += 10
+    assert island_scores(features, np.array([1, 1, 2] * 3)) == (1, 1)
 
 
 def test_images_and_masks_are_paired_by_name(tmp_path):
@@ -75,6 +94,7 @@ def test_mean_scores_leave_out_pictures_that_could_not_be_scored():
     expected = {"ari": 0.3, "ari_error": 0.1, "nmi": 0.6, "gain": 0, "gain_error": 0, "images": 2}
     assert means == pytest.approx(expected)
     assert mean_scores([{}]) == {}
+    assert "ari_error" not in mean_scores(scored[:1])["student"]
 
 
 def test_gains_are_paired_over_the_pictures():
@@ -103,6 +123,8 @@ def test_other_ways_to_a_finer_grid():
     coarse, fine = (torch.from_numpy(0.2 * random.random((n, n, 3), np.float32)) for n in (6, 12))
     ways = upsampled(features, coarse, fine)
     np.testing.assert_array_equal(ways["nearest"], features.repeat(2, axis=0).repeat(2, axis=1))
+    third = upsampled(features, coarse, torch.zeros(4, 4, 3))["nearest"]  # middles: 0.25, 1.75, ...
+    np.testing.assert_array_equal(third, features[[0, 2, 3, 5]][:, [0, 2, 3, 5]])
     between = 0.75 * features[1] + 0.25 * features[2]
     expected = 0.25 * between[1] + 0.75 * between[2]
     np.testing.assert_allclose(ways["bilinear"][3, 4], expected, atol=1e-5)

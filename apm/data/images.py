@@ -67,6 +67,8 @@ def load_labels(path: str | Path) -> Image.Image:
         if len(image.getbands()) != 1:
             raise ValueError(f"mode {image.mode}, expected one channel of class ids")
         image.load()
+        if not (np.asarray(image) >= 0).all():
+            raise ValueError("values below 0 or none, expected class ids")
         return image.convert("I") if image.mode.startswith("I") else image
 
 

@@ -145,7 +145,7 @@ def score(model: APM, pairs: dict[str, tuple[Path, Path]]) -> dict[str, float]:
     scored = []
     for name, image in load_images({name: path for name, (path, _) in pairs.items()}, Skipped()):
         features = perceive(model, image).features
-        mask = mask_labels(pairs[name][1], model.preprocessing, len(features))
+        mask = mask_labels(pairs[name][1], image.size, model.preprocessing, len(features))
         if (values := island_scores(features, mask)) is not None:
             scored.append({"student": values})
     if not scored:
