@@ -2,39 +2,22 @@
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import released
 import torch
 import workloads
-from released import LOCATIONS
 from timing import Work
 from torch import Tensor
 from torch.optim import Adam
 
 from apm.choices import DTYPES
-from apm.config import APMConfig
 from apm.peers import VIEWS
-from apm.runtime.device import multiply_adds
 from apm.tta import TestTimeTrainer
 
 MANY_CLASSES = 200
 AGAINST = f"TPT step, {VIEWS} views"
 ONE_IMAGE = f"CLIP + TTT, {workloads.ITERATIONS} iterations"
-
-
-def mlp_macs(config: APMConfig, *, first: bool = False, head: bool = True) -> int:
-    """Multiply-adds of the shared MLP on the grid, with or without first layer and head."""
-    widths = [config.column_dim + config.position_dim, *config.trunk_widths, config.feature_dim]
-    layers = [a * b for a, b in pairwise(widths)]
-    return LOCATIONS * sum(layers[0 if first else 1 : None if head else -1])
-
-
-def rgb_macs(config: APMConfig) -> int:
-    """Multiply-adds of the released RGB head's forward pass on the grid."""
-    query = config.feature_dim + config.column_dim + config.position_dim
-    return LOCATIONS * sum(a * b for a, b in pairwise((query, *config.rgb_widths, 3)))
 
 
 def test_time_training(device: torch.device) -> Iterator[Work]:
@@ -43,13 +26,11 @@ def test_time_training(device: torch.device) -> Iterator[Work]:
     image = torch.rand(1, 3, 448, 448, device=device)
     target = torch.randn(1, model.config.feature_dim, device=device)
     step = partial(released.tta_step, model, image, target, Adam(model.parameters(), lr=1e-4))
-    macs = released.COPIES * (3 * mlp_macs(model.config, first=True) + rgb_macs(model.config))
-    yield Work("TTT step, released", macs, step, once=True)
-    macs = 3 * mlp_macs(model.config, head=False)  # the head is applied after pooling
+    yield Work("TTT step, released", step, once=True)
     for dtype in DTYPES:
         with device:
             run = workloads.trainer_step(dtype).run
-        yield Work("TTT step, ours", macs, run, dtype)
+        yield Work("TTT step, ours", run, dtype)
 
     def adapt(trainer: TestTimeTrainer, images: Tensor, targets: Tensor) -> object:
         if len(images) > 1:
@@ -62,18 +43,18 @@ def test_time_training(device: torch.device) -> Iterator[Work]:
         images, targets = torch.rand(count, 3, 448, 448), torch.randn(count, target.shape[1])
         name = f"TTT, {iterations} iterations, {count} image{'s at once' * (count > 1)}"
         run = partial(adapt, trainer, images, targets)
-        yield Work(name, count * iterations * macs, run, images=count, once=True)
+        yield Work(name, run, images=count, once=True)
 
 
 def peers(device: torch.device) -> Iterator[Work]:
     """What the paper compares with, random weights."""
     with device:
         clip, tpt = workloads.clip_forward().run, workloads.tpt_step().run
-    yield Work("CLIP ViT-B/16, image + prompt", multiply_adds(clip), clip)
-    yield Work(f"{AGAINST}, {workloads.CLASSES} classes", multiply_adds(tpt), tpt, once=True)
+    yield Work("CLIP ViT-B/16, image + prompt", clip)
+    yield Work(f"{AGAINST}, {workloads.CLASSES} classes", tpt, once=True)
     with device:
         tpt = workloads.tpt_step(MANY_CLASSES).run
-    yield Work(f"{AGAINST}, {MANY_CLASSES} classes", multiply_adds(tpt), tpt, once=True)
+    yield Work(f"{AGAINST}, {MANY_CLASSES} classes", tpt, once=True)
 
 
 def one_image(device: torch.device) -> Iterator[Work]:
@@ -82,7 +63,7 @@ def one_image(device: torch.device) -> Iterator[Work]:
         with device:
             teacher, student = workloads.clip_forward().run, workloads.student_iterations(locations)
         run = partial(lambda *works: [work() for work in works], teacher, student)
-        yield Work(f"{ONE_IMAGE}, {locations} locations", multiply_adds(run), run)
+        yield Work(f"{ONE_IMAGE}, {locations} locations", run)
 
 
 def times_faster(rows: list[dict[str, Any]]) -> dict[str, float]:

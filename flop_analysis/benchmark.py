@@ -34,7 +34,7 @@ answer_flags(__name__, parse)
 
 import released
 import torch
-from adaptation import mlp_macs, one_image, peers, test_time_training, times_faster
+from adaptation import one_image, peers, test_time_training, times_faster
 from released import LOCATIONS
 from table import print_table
 from timing import Work, measure
@@ -51,7 +51,7 @@ from apm.islands import island_colours
 from apm.losses import rgb_targets
 from apm.predictor import perceive
 from apm.preprocessing import Preprocessing
-from apm.runtime.device import multiply_adds, precision, select_device
+from apm.runtime.device import precision, select_device
 from apm.runtime.files import prepare_output
 
 PHOTOGRAPH = ROOT / "assets" / "cat.jpg"
@@ -63,28 +63,28 @@ def inference(device: torch.device) -> Iterator[Work]:
     torch.manual_seed(0)
     model = APM(APMConfig.coco()).eval().to(device)
     images = torch.rand(1, 3, 448, 448, device=device)
-    theirs = torch.no_grad()(partial(released.dense, model, images))
+    layers = released.first_layers(model)  # which the released code holds joined
+    theirs = torch.no_grad()(partial(released.dense, model, images, layers=layers))
 
     @torch.no_grad()
     def ours(dtype: str) -> None:
         with precision(device, dtype):
             model(images)
 
-    macs = mlp_macs(model.config, first=True)
-    yield Work("dense, released: locations one by one", macs, partial(theirs, 1), once=True)
-    yield Work("dense, released: all locations at once", macs, partial(theirs, LOCATIONS))
+    one_by_one = partial(theirs, chunk_size=1)
+    yield Work("dense, released: locations one by one", one_by_one, once=True)
+    yield Work("dense, released: all locations at once", theirs)
     for dtype in DTYPES:
-        yield Work("dense, ours", mlp_macs(model.config), partial(ours, dtype), dtype)
+        yield Work("dense, ours", partial(ours, dtype), dtype)
 
 
 def islands(device: torch.device) -> Iterator[Work]:
     """From a photograph to colours with the bundled checkpoint."""
     model = load_model(CHECKPOINT, device)
     see = partial(perceive, model, load_image(PHOTOGRAPH))
-    macs = multiply_adds(see)
     for method in ("pca", "tsne"):
         run = partial(lambda method: island_colours(see().features, method), method)
-        yield Work(f"islands of a photograph, {method}", macs, run)
+        yield Work(f"islands of a photograph, {method}", run, macs=0)
 
 
 def distiller(device: torch.device, dtype: str = "float32") -> Distiller:
@@ -104,12 +104,10 @@ def training(device: torch.device) -> Iterator[Work]:
     colours = rgb_targets(model.preprocessing.colours(pixels.to(device)), model.config.patch_size)
     inputs = (images, targets.to(device), colours, Adam(model.parameters(), lr=1e-4))
     step: Callable[[], object] = partial(released.training_step, model, *inputs)
-    macs = 3 * BATCH * mlp_macs(model.config, first=True)
-    yield Work("training step, released", macs, step, images=BATCH)
+    yield Work("training step, released", step, images=BATCH)
     for dtype in DTYPES:
         step = partial(distiller(device, dtype).step, [(pixels, targets)])
-        macs = 3 * BATCH * mlp_macs(model.config)
-        yield Work("training step, ours", macs, step, dtype, images=BATCH)
+        yield Work("training step, ours", step, dtype, images=BATCH)
 
 
 def training_data(device: torch.device, waits: list[float]) -> Iterator[Work]:
@@ -119,10 +117,11 @@ def training_data(device: torch.device, waits: list[float]) -> Iterator[Work]:
         data = random_data(Path(folder), count)
         batches = [range(start, start + BATCH) for start in range(0, count, BATCH)]
         read = partial(load_batches, data, batches)
-        yield Work("training data, one process", 0, lambda: [*read(0)], images=count)
+        yield Work("training data, one process", lambda: [*read(0)], images=count, macs=0)
 
         def train() -> None:
             loader = read(1)
+            waits.clear()  # of the call before
             for _ in batches:
                 started = time.perf_counter()
                 _, items = next(loader)
@@ -130,8 +129,7 @@ def training_data(device: torch.device, waits: list[float]) -> Iterator[Work]:
                 trainer.step([items])
 
         name = "training, its data read by one worker"
-        macs = 3 * count * mlp_macs(trainer.model.config)
-        yield Work(name, macs, train, "bfloat16", images=count, once=True)
+        yield Work(name, train, "bfloat16", images=count, once=True)
 
 
 def random_data(folder: Path, count: int) -> TrainingSet:

@@ -28,12 +28,20 @@ def joined(layer: QueryLinear) -> Callable[..., Tensor]:
     return lambda *parts: F.linear(torch.cat(parts, dim=-1), weight, layer.column.bias)
 
 
+def first_layers(model: APM) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Of the trunk and of the RGB head, joined."""
+    return joined(model.trunk_first), joined(model.rgb_first)
+
+
 def chunks(
-    model: APM, column: Tensor, chunk_size: int, locations: int = LOCATIONS
+    model: APM,
+    column: Tensor,
+    chunk_size: int,
+    first: Callable[..., Tensor],
+    locations: int = LOCATIONS,
 ) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
     """Queries ``(B, n, D)``, ``(B, n, P)`` and features ``(B, n, F)`` of n locations at a time."""
     encoding = sincos_2d(model.grid_positions()[:locations], model.config.position_dim)
-    first = joined(model.trunk_first)
     for positions in encoding.split(chunk_size):
         query = (
             column[:, None].expand(-1, len(positions), -1),
@@ -49,22 +57,30 @@ def features(
     model: APM, column: Tensor, chunk_size: int = LOCATIONS, locations: int = LOCATIONS
 ) -> Tensor:
     """Features of the first locations, ``(B, N, F)``."""
-    parts = chunks(model, column, chunk_size, locations)
+    parts = chunks(model, column, chunk_size, joined(model.trunk_first), locations)
     return torch.cat([answers for _, answers in parts], dim=1)
 
 
-def dense(model: APM, images: Tensor, chunk_size: int = LOCATIONS) -> tuple[Tensor, Tensor]:
-    """Inference: features ``(B, N, F)`` and colours ``(B, N, 3)`` of the whole grid."""
-    answers, colours, paint = [], [], rgb_head(model)
-    for query, answer in chunks(model, model.encode(images), chunk_size):
+def dense(
+    model: APM,
+    images: Tensor,
+    chunk_size: int = LOCATIONS,
+    layers: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Inference: features ``(B, N, F)`` and colours ``(B, N, 3)`` of the whole grid.
+
+    ``layers`` are ``first_layers(model)``, where its weights do not change.
+    """
+    trunk_first, rgb_first = layers or first_layers(model)
+    answers, colours, paint = [], [], rgb_head(model, rgb_first)
+    for query, answer in chunks(model, model.encode(images), chunk_size, trunk_first):
         answers.append(answer)
         colours.append(paint(answer, *query))
     return torch.cat(answers, dim=1), torch.cat(colours, dim=1)
 
 
-def rgb_head(model: APM) -> Callable[..., Tensor]:
+def rgb_head(model: APM, first: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Colours of features ``(..., F)`` and of both parts of their queries."""
-    first = joined(model.rgb_first)
 
     def paint(*parts: Tensor) -> Tensor:
         rgb = first(*parts).relu()
@@ -82,7 +98,8 @@ def tta_features(model: APM, column: Tensor) -> Tensor:
     colours are computed though nothing asks for them, and all answers so far are copied with each
     chunk that joins them.
     """
-    first, paint = joined(model.trunk_first), rgb_head(model)
+    first, rgb_first = first_layers(model)
+    paint = rgb_head(model, rgb_first)
     encoding = sincos_2d(model.grid_positions(), model.config.position_dim)  # (N, P)
     images, locations = len(column), len(encoding)
     columns = column[:, None].expand(-1, locations, -1).flatten(0, 1)  # (B N, D)

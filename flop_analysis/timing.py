@@ -3,31 +3,38 @@
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from apm.runtime.device import multiply_adds
+
 
 class Work(NamedTuple):
-    """What is timed: ``run`` takes ``macs`` multiply-adds for ``images`` images."""
+    """What is timed: ``run``, for ``images`` images."""
 
     name: str
-    macs: int
     run: Callable[[], object]
     dtype: str = "float32"
     images: int = 1
     once: bool = False  # it takes too long to be repeated
+    macs: int | None = None  # multiply-adds, if they are not to be counted; 0: no floor
 
 
 def measure(work: Work, device: torch.device, repeats: int) -> dict[str, Any]:
-    """A row: median seconds, the floor in seconds, how far above it, and images a second."""
-    floor = work.macs / matmul_rate(device, work.dtype, repeats)
+    """A row: median seconds, the floor in seconds, how far above it, and images a second.
+
+    What is timed was done before, to count its multiply-adds.
+    """
+    macs = multiply_adds(work.run) if work.macs is None else work.macs
+    floor = macs / matmul_rate(device, work.dtype, repeats)
     seconds = seconds_of(work.run, device, 1 if work.once else repeats)
     return {
-        "name": f"{work.name}, {work.dtype}",
+        "name": f"{work.name}, {work.dtype}{', one call' if work.once else ''}",
         "seconds": seconds,
-        "GMACs": work.macs / 1e9,
+        "GMACs": macs / 1e9,
         "floor": floor,
         "x floor": seconds / floor if floor else None,
         "images/s": work.images / seconds,
@@ -59,4 +66,6 @@ def matmul_rate(device: torch.device, dtype: str, repeats: int) -> float:
     kind = getattr(torch, dtype)
     inputs = torch.randn(1024, 4096, device=device, dtype=kind)
     weight = torch.randn(4096, 4096, device=device, dtype=kind)
-    return 1024 * 4096**2 / seconds_of(lambda: F.linear(inputs, weight), device, repeats)
+    work = partial(F.linear, inputs, weight)
+    work()
+    return 1024 * 4096**2 / seconds_of(work, device, repeats)

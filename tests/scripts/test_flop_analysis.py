@@ -367,9 +367,11 @@ def test_the_released_step_of_test_time_training_is_ours(monkeypatch):
         for one, parameter in zip(trainer.model.parameters(), other.parameters(), strict=True):
             one.copy_(parameter.normal_(0, 0.1))
     sizes = []
-    paint = released.rgb_head(other)
+    paint = released.rgb_head(other, released.joined(other.rgb_first))
     monkeypatch.setattr(
-        released, "rgb_head", lambda _: lambda *parts: sizes.append(len(parts[0])) or paint(*parts)
+        released,
+        "rgb_head",
+        lambda *_: lambda *parts: sizes.append(len(parts[0])) or paint(*parts),
     )
     image, target = torch.rand(1, 3, 56, 56), torch.randn(1, 16)
     before = other.feature_head.weight.clone()
@@ -399,6 +401,14 @@ def test_what_the_released_step_multiplies(monkeypatch):
     assert multiply_adds(step) == expected
 
 
+def test_how_many_times_faster():
+    adaptation = importlib.import_module("adaptation")
+    own, peer = f"{adaptation.ONE_IMAGE}, 16 locations", f"{adaptation.AGAINST}, 10 classes"
+    rows = [{"name": own, "seconds": 2.0}, {"name": peer, "seconds": 24.0}]
+    rows.append({"name": "training step, ours", "seconds": 1.0})
+    assert adaptation.times_faster(rows) == {f"{own}: times faster than one {peer}": 12}
+
+
 @pytest.fixture
 def small_benchmark(monkeypatch):
     """The benchmark with a small COCO model and no matrix product to compare with."""
@@ -419,9 +429,12 @@ def test_training_is_timed_with_its_data(small_benchmark, monkeypatch, tmp_path,
     images = [row["images/s"] * row["seconds"] for row in rows.values()]
     assert images == pytest.approx([4, 4, 4, 16, 16])
     assert all(row["seconds"] > 0 for row in rows.values()) and 0 < results["data_wait"] < 1
-    step = rows["training step, released, float32"]
-    macs = 3 * 4 * 1024 * mlp((1024 + 32, 32, 16, 24))
+    step, config = rows["training step, released, float32"], APMConfig.coco()
+    macs = mlp((1024 + 32, 32, 16, 24)) + mlp((24 + 1024 + 32, *config.rgb_widths, 3))
+    macs = 4 * 1024 * (3 * macs + 2 * 3 * 14**2)  # the patches' own gradient is not asked for
     assert step["floor"] == pytest.approx(macs / 1e9) == step["GMACs"]
+    many = rows["training, its data read by one worker, bfloat16, one call"]
+    assert many["GMACs"] == pytest.approx(4 * rows["training step, ours, bfloat16"]["GMACs"])
     assert step["x floor"] == pytest.approx(step["seconds"] / step["floor"])
     printed = capsys.readouterr().out
     assert all(name in printed for name in rows) and "training waits for data" in printed
@@ -431,7 +444,7 @@ def test_inference_is_timed_in_both_arithmetics(small_benchmark):
     benchmark, cpu = small_benchmark, torch.device("cpu")
     rows = [benchmark.measure(work, cpu, 1) for work in benchmark.inference(cpu)]
     assert [row["name"] for row in rows] == [
-        "dense, released: locations one by one, float32",
+        "dense, released: locations one by one, float32, one call",
         "dense, released: all locations at once, float32",
         "dense, ours, float32",
         "dense, ours, bfloat16",
