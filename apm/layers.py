@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from apm.positional_encoding import sincos_1d, sincos_2d
 
-FEW = 128  # locations, up to which one product with their encodings is no slower than with halves
+FEW = 128  # locations, up to which a step is no slower by one product with their encodings
 
 
 class Query(NamedTuple):

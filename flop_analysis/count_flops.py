@@ -146,7 +146,7 @@ def total_rows(forward: list[Row], student: list[Row], few: list[Row]) -> list[R
         apm(f"forward at {PAPER_LOCATIONS} locations, released", half, ideal["APM"]),
         apm("forward, released", grid["released"]),
         apm("forward, ours", grid["ours"]),
-        apm("forward + backward, released", pooled["released"]),
+        apm("forward + backward, released arithmetic on one copy", pooled["released"]),
         apm("forward + backward, ours", pooled["ours"]),
         *(compare(f"APM, CLIP + {row['name']}, ours", clip + row["ours"]) for row in few),
     ]
