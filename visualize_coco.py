@@ -10,7 +10,6 @@ student's own answers stand beside other ways to such a grid.
 import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from itertools import islice
 
 from apm.flags import OUTPUTS, ROOT, make_parser
 from apm.runtime.cli import Results, answer_flags, command
@@ -51,7 +50,7 @@ from matplotlib import colormaps
 
 from apm import load_model
 from apm.comparison import Colours, Look, directions, palettes, score, teacher_of
-from apm.data.images import Skipped, UnreadableImage, image_names, load_images
+from apm.data.images import Skipped, UnreadableImage, image_names, load_images, spread
 from apm.drawing import island_row, overlay, panels, save_picture, shape_of
 from apm.islands import sample_landmarks
 from apm.page import Page, percept_panels, size_caption
@@ -93,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = select_device(args.device)
     if args.score:
-        pairs = dict(islice(pair_with_masks(args.input, args.masks).items(), args.limit))
+        every = [*pair_with_masks(args.input, args.masks).items()]
+        pairs = dict(every[index] for index in spread(len(every), args.limit))
         paths = {name: image for name, (image, _) in pairs.items()}
     else:
         pairs, paths = {}, image_names(args.input, args.limit)
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     which = (args.teacher, args.teacher_weights, args.teacher_block, args.teacher_margin)
     teacher = teacher_of(model, *which)
     look = Look(model, teacher, args.fit, args.chunk_size, args.dtype)
-    output = prepare_output(args.output)
+    output = prepare_output(args.output, args.input)
     results = Results(args, device)
     seed_everything(args.seed)
 

@@ -49,7 +49,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {  # by groups, in the order of --
         "--data-root": _flag(Path, "folder of the data set", default=ROOT / "data"),
         "--download": _flag(None, "let torchvision fetch the data set into --data-root"),
         "--masks": _flag(Path, "folder of semantic masks: PNG of class ids, named as the images"),
-        "--limit": _flag(positive_int, "at most this many images (default: all)"),
+        "--limit": _flag(positive_int, "at most this many images, from all over (default: all)"),
         "--output": _flag(Path, "folder for the results"),
         "--save-features": _flag(None, "also write features, colours and islands, as .npz"),
     },

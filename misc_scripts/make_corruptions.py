@@ -4,8 +4,7 @@
 of quality 85 as in ImageNet-C; all others become PNG. --layout npy is CIFAR-10-C's, for a folder
 with one sub-folder for each class of CIFAR-10: for every corruption one <corruption>.npy, uint8
 (5 N, H, W, 3) RGB, all N images at severity 1, then at 2 and so on; labels.npy has CIFAR-10's
-number of the class of each. --limit takes images evenly from all of the folder. What is there is
-skipped, so run it again after an interruption.
+number of the class of each. What is there is skipped, so run it again after an interruption.
 """
 
 import sys
@@ -47,8 +46,11 @@ def parse(argv: list[str] | None) -> Namespace:
     add = partial(parser.add, "picture")
     layouts = "folder: ImageNet-C's, an image a file. npy: CIFAR-10-C's, an array a corruption"
     add("--layout", choices=("folder", "npy"), default="folder", help=layouts)
-    kinds = "published parameters, made for images of 32 pixels (cifar) or of 224 (imagenet)"
-    add("--parameters", choices=("cifar", "imagenet"), default="imagenet", help=kinds)
+    kinds = (
+        "published parameters, made for images of 32 pixels (cifar) or of 224 (imagenet) (default: "
+        "as the layout)"
+    )
+    add("--parameters", choices=("cifar", "imagenet"), help=kinds)
     names, levels = some_of(CORRUPTIONS), some_of(SEVERITIES)
     some = "some of these, with commas between"
     add("--corruptions", type=names, default=",".join(CORRUPTIONS), help=some)
@@ -58,6 +60,7 @@ def parse(argv: list[str] | None) -> Namespace:
     side = "side in pixels of the centre square that is taken (default: images as they are)"
     add("--image-size", type=positive_int, help=side)
     args = parser.parse_args(argv)
+    args.parameters = args.parameters or {"npy": "cifar", "folder": "imagenet"}[args.layout]
     if "frost" in args.corruptions and args.frost_textures is None:
         raise ValueError(
             "frost needs photographs of frost: name their folder with --frost-textures, "
@@ -79,7 +82,7 @@ from corruption_layouts import (
 )
 
 from apm.data.class_names import CIFAR10_CLASSES
-from apm.data.images import Skipped, find_images, load_image, spread
+from apm.data.images import Skipped, find_images, load_image
 from apm.runtime.device import select_device
 from apm.runtime.files import dated_sha256, keep_settings, prepare_output
 
@@ -88,8 +91,7 @@ from apm.runtime.files import dated_sha256, keep_settings, prepare_output
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     folder = args.input if args.input.is_dir() else args.input.parent
-    every = find_images(args.input)
-    found = [every[index] for index in spread(len(every), args.limit)]
+    found = find_images(args.input, args.limit)
     paths = {path.relative_to(folder).as_posix(): path for path in found}
     textures = find_images(args.frost_textures) if "frost" in args.corruptions else []
     recipe = Recipe(
@@ -102,13 +104,13 @@ def main(argv: list[str] | None = None) -> None:
     kept = ("layout", "parameters", "image_size", "seed")
     settings = {name: getattr(args, name) for name in kept}
     if args.layout == "folder":
-        settings["input"] = str(args.input.resolve())
+        settings |= {"images": len(paths), "images_sha256": dated_sha256(paths)}
     else:
         labels = {name: cifar10_label(name, folder) for name in paths}
         images = read_equal(paths, recipe, skipped)
         settings |= {"severities": args.severities, "images": len(images)}
         settings["images_sha256"] = dated_sha256({name: paths[name] for name in images})
-    prepare_output(args.output)
+    prepare_output(args.output, args.input)
     keep_settings(args.output / "settings.json", settings)
     if textures:
         sha256 = dated_sha256({path.name: path for path in textures})
@@ -128,8 +130,9 @@ def main(argv: list[str] | None = None) -> None:
     root, name = args.output, "cifar10c"
     if args.layout == "folder":
         root, name = root / args.corruptions[0] / str(args.severities[0]), "imagefolder"
-    hint = f"evaluate_tta.py --dataset {name} --data-root {root}"
-    print(f"{args.output}: {count} images, {len(skipped)} skipped; next, if in classes: {hint}")
+    print(f"{args.output}: {count} images, {len(skipped)} skipped")
+    if name == "imagefolder" or args.severities == [*SEVERITIES]:
+        print(f"next, if in classes: evaluate_tta.py --dataset {name} --data-root {root}")
 
 
 if __name__ == "__main__":

@@ -91,18 +91,23 @@ def training_sets(
 def feature_statistics(
     dataset: TrainingSet, teacher: DenseTeacher | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation ``(F,)`` of the features of 64 images."""
+    """Mean and standard deviation ``(F,)`` of the features of 64 images; 1 where all are equal."""
     sample = []
     first = range(min(64, len(dataset)))
     for index in tqdm(first, "feature statistics", leave=False, disable=rank() > 0):
         pixels, features = dataset[index]
         sample.append(teacher(pixels[None].to(device) / 255)[0].cpu() if teacher else features)
     features = torch.cat(sample).float()
-    return features.mean(dim=0), features.std(dim=0)
+    std = features.std(dim=0)
+    return features.mean(dim=0), torch.where(std > 0, std, 1.0)
 
 
 def settings_of(
-    args: Namespace, config: TrainConfig, model: APM, source: dict[str, Any], images: TrainingSet
+    args: Namespace,
+    config: TrainConfig,
+    model: APM,
+    source: dict[str, Any],
+    images: dict[str, TrainingSet],
 ) -> dict[str, Any]:
     """What a run that goes on must share with the one that was stopped."""
     settings = asdict(config)
@@ -110,8 +115,9 @@ def settings_of(
         del settings["epochs"]
     settings |= {name: getattr(args, name) for name in ("model", "limit", "validation_images")}
     settings |= {f"features: {name}": value for name, value in source.items()}
-    sizes = file_sizes(dict(zip(images.names, images.paths, strict=True)))
-    settings |= {"training images": listing_sha256(sizes)}
+    for which, part in images.items():  # statistics of features are of those held out
+        sizes = file_sizes(dict(zip(part.names, part.paths, strict=True)))
+        settings |= {f"{which} images": listing_sha256(sizes)}
     settings |= {"--init": args.init and file_sha256(args.init)}
     return settings | {"preprocessing": asdict(model.preprocessing)}
 
@@ -169,7 +175,8 @@ def load_inputs(
         # Where files lay says nothing about the model.
         "arguments": {k: v for k, v in vars(args).items() if not isinstance(v, Path)},
     }
-    settings = settings_of(args, config, model, source, training)
+    images = {"training": training, "held-out": validation}
+    settings = settings_of(args, config, model, source, images)
     model = model.to(device)
     return Inputs(model, teacher, training, validation, mean, std, provenance, settings)
 

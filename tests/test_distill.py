@@ -1,6 +1,7 @@
 """A step and a validation: the plain ones, resumed, shared out over parts and processes."""
 
 import copy
+import math
 import multiprocessing
 import os
 import sys
@@ -12,6 +13,7 @@ from conftest import make_model
 
 from apm.config import TrainConfig
 from apm.distill import Distiller, NonFiniteError
+from apm.layers import bilinear
 from apm.losses import rgb_targets
 from apm.runtime.distributed import shares, wait_for_all, world_size
 
@@ -64,6 +66,59 @@ def test_the_step_is_the_plain_step():
     local, _ = model.query(model.encode(images[3:]), images=images[3:])
     expected = ((torch.cat([null, local]) - targets) ** 2).mean()
     assert step(distiller, (pixels, targets))[0] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_weights_change_as_by_the_plain_optimiser():
+    """Weight decay, the slow layers, the RGB loss' weight, warm-up and cosine."""
+    distiller = make_distiller(
+        **{"weight_decay": 0.1, "fold_rate": 0.5, "rgb_weight": 2.0, "warmup": 2, "locations": 7},
+        **{"schedule": "cosine", "augment": True},
+    )
+    model, asked, losses = copy.deepcopy(distiller.model), [], distiller.losses
+
+    def noted(*arguments):
+        asked.append(arguments[2:])
+        return losses(*arguments)
+
+    distiller.losses = noted
+    slow = [p for n, p in model.named_parameters() if n.startswith(("fold.", "rgb_first."))]
+    rest = [p for n, p in model.named_parameters() if not n.startswith(("fold.", "rgb_first."))]
+    plain = torch.optim.AdamW([{"params": rest}, {"params": slow}], weight_decay=0.1)
+    # The rate before each of the first steps of 40.
+    for k, rate in enumerate(
+        (0.5, 0.5 * (1 + math.cos(math.pi / 40)), 0.5 * (1 + math.cos(math.pi / 20)))
+    ):
+        pixels, targets = batch(seed=k)
+        step(distiller, (pixels, targets))
+        places, sees_local, moved = asked[-1]
+        images = model.preprocessing.normalise(pixels)
+        positions = model.grid_positions()[places] + torch.tensor(moved) / 14
+        answers, rgb = model.query(
+            model.encode(images), positions, images=images, sees_local=sees_local
+        )
+        loss = (answers - bilinear(targets, positions, 4)).square().mean()
+        loss += 2 * (rgb - distiller._colours(pixels, moved)[:, places]).square().mean()
+        plain.zero_grad()
+        loss.backward()
+        for group, scale in zip(plain.param_groups, (1, 0.5), strict=True):
+            group["lr"] = 1e-3 * scale * rate
+        plain.step()
+        assert_same_weights(distiller.model, model, atol=1e-5)
+    assert len({tuple(places.tolist()) for places, *_ in asked}) == 3
+
+
+def test_the_rate_rises_and_falls():
+    constant = TrainConfig(warmup=4)
+    assert [constant.rate(k, 10) for k in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    cosine = [TrainConfig(schedule="cosine").rate(k, 4) for k in range(5)]
+    assert cosine == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0])
+
+
+def test_batches_of_a_validation_count_by_their_images():
+    distiller, (pixels, targets) = make_distiller(feature_loss="standardised"), batch(size=11)
+    whole = distiller.validate([(pixels, targets)])
+    parts = [(pixels[:8], targets[:8]), (pixels[8:], targets[8:])]
+    assert distiller.validate(parts) == pytest.approx(whole, rel=1e-3)
 
 
 def test_parts_of_a_batch_give_the_gradients_of_the_whole():

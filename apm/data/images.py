@@ -133,6 +133,7 @@ def _white(mode: str, file_format: str | None, values: np.ndarray) -> float:
 def find_images(source: str | Path, limit: int | None = None) -> list[Path]:
     """The image files named by ``source``: one file, or every image below a folder, sorted.
 
+    Of more than ``limit`` these are spread over all.
     Hidden files and folders are left out: thumbnails, notebooks' copies, half-written files.
     Linked folders are followed, each real folder once. Where there is none, there is an error.
     """
@@ -153,7 +154,7 @@ def find_images(source: str | Path, limit: int | None = None) -> list[Path]:
     paths = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise FileNotFoundError(f"{source}: no image in this folder")
-    return paths[:limit]
+    return [paths[index] for index in spread(len(paths), limit)]
 
 
 def spread(count: int, limit: int | None, versions: int = 1) -> list[int]:

@@ -37,7 +37,11 @@ def with_features(model: APM, width: int) -> APM:
     """The same model with a random head for features of another width."""
     wider = APM(replace(model.config, feature_dim=width))
     shapes = {name: tensor.shape for name, tensor in wider.state_dict().items()}
-    kept = {k: v for k, v in model.state_dict().items() if v.shape == shapes[k]}
+    kept = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if tensor.shape == shapes[name] and not name.startswith("feature_head.")
+    }
     wider.load_state_dict(kept, strict=False)
     assert wider.rgb_first.feature is not None
     nn.init.zeros_(wider.rgb_first.feature.weight)

@@ -19,13 +19,15 @@ def parse(argv: list[str] | None) -> Namespace:
         __doc__,
         *("--feature-dim", "--seed"),
         example="misc_scripts/bundled/thumbnail_start.py --feature-dim 384",
-        feature_dim=192,
     )
     output, help = OUTPUTS / "start.safetensors", "checkpoint to write"
     parser.add("input and output", "--output", type=Path, default=output, help=help)
     help = "checkpoint that gets a new fold and RGB head, instead of a new model"
     parser.add("model", "--checkpoint", type=Path, help=help)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if (args.checkpoint is None) == (args.feature_dim is None):
+        raise ValueError("give --checkpoint, or --feature-dim for a new model")
+    return args
 
 
 answer_flags(__name__, parse)

@@ -225,7 +225,14 @@ def test_find_images(tmp_path):
     for name in ("z.JPG", "b/a.png", "notes.txt", "b/c.jpeg"):
         (tmp_path / name).touch()
     assert [p.name for p in find_images(tmp_path)] == ["a.png", "c.jpeg", "z.JPG"]
-    assert len(find_images(tmp_path, limit=2)) == 2
+    assert [p.name for p in find_images(tmp_path, limit=2)] == ["a.png", "c.jpeg"]
+    for index in range(7):
+        (tmp_path / f"{index}.png").touch()  # before the others
+    assert [p.name for p in find_images(tmp_path, limit=5)] == [
+        *("0.png", "2.png", "4.png", "6.png", "c.jpeg")
+    ]
+    for index in range(7):
+        (tmp_path / f"{index}.png").unlink()
     assert find_images(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]
     assert list(image_names(tmp_path)) == ["b/a", "b/c", "z"]
     with pytest.raises(FileNotFoundError, match="no image in this folder"):

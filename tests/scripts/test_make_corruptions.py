@@ -16,6 +16,7 @@ from apm.data.images import spread
 from apm.data.test_sets import load_dataset
 
 corruptions = load_script("misc_scripts/corruptions.py")
+LAYOUTS = ("npy", "folder")
 
 
 def texture(height: int, width: int) -> np.ndarray:
@@ -89,11 +90,13 @@ def test_cifar10c_reads_each_image_with_its_class(run, images):
 
 
 def test_a_limit_takes_images_of_every_class(run):
-    for layout in ("npy", "folder"):
+    for layout in LAYOUTS:
         arguments = ["--layout", layout, "--corruptions", "contrast", "--limit", "3"]
         status, output = run(layout, *arguments)
         assert status == 0
     assert np.load(output.parent / "npy" / "labels.npy").tolist() == [3, 3, 6] * 5
+    settings = (json.loads((output.parent / f"{n}/settings.json").read_text()) for n in LAYOUTS)
+    assert [made["parameters"] for made in settings] == ["cifar", "imagenet"]
     assert {path.parent.name for path in output.glob("contrast/1/*/*")} == {"cat", "frog"}
 
 
@@ -109,7 +112,8 @@ def test_npy_takes_no_classes_but_those_of_cifar_10(run, images, tmp_path, capsy
 
 
 def test_npy_stacks_severities_in_order_and_images_by_path(run, images):
-    _, output = run("out", "--layout", "npy", "--corruptions", "contrast", "--severities", "4,2")
+    arguments = ["--corruptions", "contrast", "--severities", "4,2", "--parameters", "imagenet"]
+    _, output = run("out", "--layout", "npy", *arguments)
     paths = sorted(images.rglob("*.png"))
     stack = np.load(output / "contrast.npy")
     assert len(stack) == len(np.load(output / "labels.npy")) == 10
@@ -122,7 +126,7 @@ def test_an_image_is_the_same_whatever_else_is_made(run):
     everything = arrays(output)
     few = ["--corruptions", "snow,frost,gaussian_noise", "--severities", "5,2"]
     _, output = run("few", "--layout", "npy", "--workers", "3", "--limit", "3", *few)
-    _, files = run("files", "--workers", "3", *few)
+    _, files = run("files", "--workers", "3", "--parameters", "cifar", *few)
     for name in ("snow", "frost", "gaussian_noise"):
         by_severity = everything[name].reshape(5, 5, 24, 24, 3)
         assert np.array_equal(
@@ -168,7 +172,8 @@ def test_folder_layout_keeps_paths_and_jpeg_at_the_published_quality(run, images
 def test_image_size_cuts_the_centre_square(run, images):
     wide = photograph(80, 40)
     wide.save(images / "dog" / "x.png")
-    _, output = run("out", "--layout", "npy", "--image-size", "20", "--corruptions", "contrast")
+    arguments = ["--image-size", "20", "--corruptions", "contrast", "--parameters", "imagenet"]
+    _, output = run("out", "--layout", "npy", *arguments)
     square = wide.crop((20, 0, 60, 40)).resize((20, 20), Image.Resampling.BICUBIC)
     expected = contrast(square, 1).astype(int)
     assert np.abs(np.load(output / "contrast.npy")[2] - expected).max() <= 3  # the cut's border
@@ -197,6 +202,8 @@ def test_what_is_there_is_kept_and_what_is_missing_is_made(run, layout):
         ("folder", ["--seed", "1"], "seed 0, not 1"),
         ("folder", ["--parameters", "cifar"], "parameters 'imagenet', not 'cifar'"),
         ("npy", ["--limit", "4"], "images 5, not 4"),
+        ("folder", ["--limit", "4"], "images 5, not 4"),
+        ("npy", ["--parameters", "imagenet"], "parameters 'cifar', not 'imagenet'"),
         ("npy", ["--severities", "1"], "severities [1, 2, 3, 4, 5], not [1]"),
     ],
 )

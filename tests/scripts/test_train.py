@@ -16,6 +16,7 @@ import timm
 import torch
 from conftest import ROOT, load_script, make_model, photograph
 from reference import coco
+from training_run import load_inputs
 
 from apm import load_model, save_model
 from apm.checkpoint import from_released
@@ -200,7 +201,7 @@ def test_a_run_is_not_written_over_nor_continued_with_other_settings(data, capsy
     assert "last.pth" in capsys.readouterr().err
     (data / "images" / "p03.png").unlink()
     assert main(flags(data, "run", "--resume")) == 2
-    assert "training images" in capsys.readouterr().err
+    assert "made with held-out images" in capsys.readouterr().err
 
 
 def test_another_picture_under_the_same_name_is_refused(data, capsys):
@@ -214,7 +215,47 @@ def test_a_run_does_not_go_on_with_other_pictures_with_random_weights(data, tiny
     for index in range(IMAGES):
         photograph(56, 56, seed=99 + index).save(data / "images" / f"p{index:02}.png")
     assert main(flags(data, "run", "--resume", source=tiny_teacher)) == 2
-    assert "made with training images" in capsys.readouterr().err
+    assert "made with held-out images" in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_with_another_picture(data, tiny_teacher, capsys):
+    """Of which the statistics of the features are."""
+    assert main(flags(data, "run", source=tiny_teacher)) == 0
+    names = sorted(image_names(data / "images"))
+    order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(0)).tolist()
+    for which, index in (("training", order[-1]), ("held-out", order[0])):
+        path = data / "images" / f"{names[index]}.png"
+        before = path.read_bytes()
+        photograph(56, 56, seed=99).save(path)
+        assert main(flags(data, "run", "--resume", source=tiny_teacher)) == 2
+        assert f"made with {which} images" in capsys.readouterr().err
+        path.write_bytes(before)
+
+
+def test_every_epoch_has_its_own_crops_and_every_step_its_own_places(data, monkeypatch):
+    seen, losses = [], Distiller.losses
+
+    def noted(self, pixels, features, places, sees_local, moved=(0, 0)):
+        if len(places) == 5:  # a step, no validation
+            seen.append((pixels, places.tolist(), tuple(moved)))
+        return losses(self, pixels, features, places, sees_local, moved)
+
+    monkeypatch.setattr(Distiller, "losses", noted)
+    assert main(flags(data, "run")) == 0
+    pixels = torch.cat([step[0] for step in seen])
+    assert len(seen) == 6 and len(pixels) == 24
+    assert len(torch.unique(pixels.flatten(1), dim=0)) > 18  # of 12 images, twice
+    assert len({tuple(places) for _, places, _ in seen}) == 6
+    moves = {moved for _, _, moved in seen}
+    assert len(moves) > 3 and all(-7 <= offset < 7 for moved in moves for offset in moved)
+
+
+def test_a_new_student_answers_the_mean_feature_at_first(data):
+    args = script.parse([*flags(data, "run"), "--model", "small"])
+    args.init, config = None, dataclasses.replace(TrainConfig(), batch_size=4)
+    small = make_model(local_width=8)
+    inputs = load_inputs(args, config, torch.device("cpu"), lambda *_: small)
+    assert torch.equal(small.feature_head.bias, inputs.mean) and inputs.mean.abs().max() > 0
 
 
 def test_flags_of_a_teacher_without_a_teacher_are_refused(data, capsys):

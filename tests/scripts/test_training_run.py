@@ -73,3 +73,17 @@ def test_statistics_of_stored_features_and_of_a_teachers(images):
 
     mean, _ = feature_statistics(TrainingSet(images, SMALL), teacher, torch.device("cpu"))
     assert mean == 2
+    one = TrainingSet({"a": images["a"]}, SMALL, Store({}))  # whose channels are constant
+    assert feature_statistics(one, None, torch.device("cpu"))[1].tolist() == [1, 1]
+
+
+def test_images_held_out_are_seen_as_they_are(tmp_path, images):
+    args = Namespace(input=tmp_path, validation_images=2, limit=None)
+    training, validation = training_sets(
+        args, TrainConfig(augment=True), SMALL, Store(dict.fromkeys("abcdef"))
+    )
+    for data, changes in ((training, True), (validation, False)):
+        seen = []
+        for data.epoch in range(4):
+            seen.append(data[0][0])
+        assert changes == any(not torch.equal(seen[0], other) for other in seen)
