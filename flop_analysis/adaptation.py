@@ -13,6 +13,7 @@ from torch.optim import Adam
 
 from apm.choices import DTYPES
 from apm.peers import VIEWS
+from apm.runtime.device import multiply_adds
 from apm.tta import TestTimeTrainer
 
 MANY_CLASSES = 200
@@ -27,10 +28,12 @@ def test_time_training(device: torch.device) -> Iterator[Work]:
     target = torch.randn(1, model.config.feature_dim, device=device)
     step = partial(released.tta_step, model, image, target, Adam(model.parameters(), lr=1e-4))
     yield Work("TTT step, released", step, once=True)
+    with device:
+        macs = multiply_adds(workloads.trainer_step().run)
     for dtype in DTYPES:
         with device:
             run = workloads.trainer_step(dtype).run
-        yield Work("TTT step, ours", run, dtype)
+        yield Work("TTT step, ours", run, dtype, macs=macs)
 
     def adapt(trainer: TestTimeTrainer, images: Tensor, targets: Tensor) -> object:
         if len(images) > 1:

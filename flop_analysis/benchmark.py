@@ -51,7 +51,7 @@ from apm.islands import island_colours
 from apm.losses import rgb_targets
 from apm.predictor import perceive
 from apm.preprocessing import Preprocessing
-from apm.runtime.device import precision, select_device
+from apm.runtime.device import multiply_adds, precision, select_device
 from apm.runtime.files import prepare_output
 
 PHOTOGRAPH = ROOT / "assets" / "cat.jpg"
@@ -74,8 +74,9 @@ def inference(device: torch.device) -> Iterator[Work]:
     one_by_one = partial(theirs, chunk_size=1)
     yield Work("dense, released: locations one by one", one_by_one, once=True)
     yield Work("dense, released: all locations at once", theirs)
+    macs = multiply_adds(partial(ours, "float32"))
     for dtype in DTYPES:
-        yield Work("dense, ours", partial(ours, dtype), dtype)
+        yield Work("dense, ours", partial(ours, dtype), dtype, macs=macs)
 
 
 def islands(device: torch.device) -> Iterator[Work]:
@@ -105,9 +106,10 @@ def training(device: torch.device) -> Iterator[Work]:
     inputs = (images, targets.to(device), colours, Adam(model.parameters(), lr=1e-4))
     step: Callable[[], object] = partial(released.training_step, model, *inputs)
     yield Work("training step, released", step, images=BATCH)
+    macs = multiply_adds(partial(distiller(device).step, [(pixels, targets)]))
     for dtype in DTYPES:
         step = partial(distiller(device, dtype).step, [(pixels, targets)])
-        yield Work("training step, ours", step, dtype, images=BATCH)
+        yield Work("training step, ours", step, dtype, images=BATCH, macs=macs)
 
 
 def training_data(device: torch.device, waits: list[float]) -> Iterator[Work]:
@@ -121,7 +123,6 @@ def training_data(device: torch.device, waits: list[float]) -> Iterator[Work]:
 
         def train() -> None:
             loader = read(1)
-            waits.clear()  # of the call before
             for _ in batches:
                 started = time.perf_counter()
                 _, items = next(loader)
@@ -129,7 +130,9 @@ def training_data(device: torch.device, waits: list[float]) -> Iterator[Work]:
                 trainer.step([items])
 
         name = "training, its data read by one worker"
-        yield Work(name, train, "bfloat16", images=count, once=True)
+        _, batch = next(read(0))
+        macs = len(batches) * multiply_adds(partial(distiller(device).step, [batch]))
+        yield Work(name, train, "bfloat16", images=count, once=True, macs=macs)
 
 
 def random_data(folder: Path, count: int) -> TrainingSet:

@@ -20,13 +20,14 @@ class Work(NamedTuple):
     dtype: str = "float32"
     images: int = 1
     once: bool = False  # it takes too long to be repeated
-    macs: int | None = None  # multiply-adds, if they are not to be counted; 0: no floor
+    # Multiply-adds, 0 for no floor; None: to be counted, which bfloat16 is far too slow for.
+    macs: int | None = None
 
 
 def measure(work: Work, device: torch.device, repeats: int) -> dict[str, Any]:
     """A row: median seconds, the floor in seconds, how far above it, and images a second.
 
-    What is timed was done before, to count its multiply-adds.
+    Work whose multiply-adds are counted has been done once before it is timed.
     """
     macs = multiply_adds(work.run) if work.macs is None else work.macs
     floor = macs / matmul_rate(device, work.dtype, repeats)
