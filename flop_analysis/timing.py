@@ -20,8 +20,7 @@ class Work(NamedTuple):
     dtype: str = "float32"
     images: int = 1
     once: bool = False  # it takes too long to be repeated
-    # Multiply-adds, 0 for no floor; None: to be counted, which bfloat16 is far too slow for.
-    macs: int | None = None
+    macs: int | None = None  # multiply-adds, 0 for no floor; None: to be counted by a call
 
 
 def measure(work: Work, device: torch.device, repeats: int) -> dict[str, Any]:
