@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(paths) == 1:
         load_image(*paths.values())  # refused before anything is made
     model = load_model(args.checkpoint, device)
-    output = prepare_output(args.output, args.input)
+    output = prepare_output(args.output)
     results = Results(args, device)
     seed_everything(args.seed)
 

@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     which = (args.teacher, args.teacher_weights, args.teacher_block, args.teacher_margin)
     teacher = teacher_of(model, *which)
     look = Look(model, teacher, args.fit, args.chunk_size, args.dtype)
-    output = prepare_output(args.output, args.input)
+    output = prepare_output(args.output)
     results = Results(args, device)
     seed_everything(args.seed)
 

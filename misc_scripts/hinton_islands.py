@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     teacher = load_video_teacher(
         args.teacher_weights, random_weights=args.random_weights, block=args.block
     ).to(device)
-    output = prepare_output(args.output, args.input)
+    output = prepare_output(args.output)
     results = Results(args, device)
     label = f"islands after block {teacher.block}" + " (random weights)" * args.random_weights
     page = Page(output, label.capitalize(), vars(args))

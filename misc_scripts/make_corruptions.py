@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         images = read_equal(paths, recipe, skipped)
         settings |= {"severities": args.severities, "images": len(images)}
         settings["images_sha256"] = dated_sha256({name: paths[name] for name in images})
-    prepare_output(args.output, args.input)
+    prepare_output(args.output)
     keep_settings(args.output / "settings.json", settings)
     if textures:
         sha256 = dated_sha256({path.name: path for path in textures})

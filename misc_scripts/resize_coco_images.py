@@ -41,7 +41,7 @@ from apm.runtime.files import atomic_path, keep_settings, prepare_output
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     images = image_names(args.input, args.limit)
-    output = prepare_output(args.output, args.input)
+    output = prepare_output(args.output)
     settings = {"image_size": args.image_size, "input": str(args.input.resolve())}
     keep_settings(output / "settings.json", settings)
     preprocessing = Preprocessing(image_size=args.image_size)

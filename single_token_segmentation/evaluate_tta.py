@@ -186,11 +186,10 @@ def main(argv: list[str] | None = None) -> None:
     answers = {name: predict(teacher, embeddings, rows) for name, rows in alone.items()}
     photographs = [data.photograph(index) for index in images]
     summary = summarise(tables, answers, args.report_at, costs, photographs)
-    summary |= {"photographs": len(set(photographs)), "skipped": len(skipped)}
-    versions = f" of {summary['photographs']} photographs" * (data.versions > 1)
+    summary["skipped"] = len(skipped)
     results.save(output, **described, **summary)
     print(
-        f"{summary['images']} images{versions}, {summary['skipped']} skipped; "
+        f"{summary['images']} images, {summary['skipped']} skipped; "
         f"teacher top-1 {summary['teacher_top1']:.2f} %"
     )
     print_methods(summary["methods"])

@@ -200,7 +200,8 @@ def summarise(
         score(name, predictions, labels, teacher, photographs) | {**cost}
         for name, predictions in teachers.items()
     ]
-    summary: dict[str, Any] = {"images": len(rows), "teacher_top1": methods[0]["top1"]}
+    summary: dict[str, Any] = {"images": len(rows), "photographs": len(set(photographs))}
+    summary["teacher_top1"] = methods[0]["top1"]
     for method, of_images in tables.items():
         seconds = sum(row["seconds"] for row in of_images) / len(rows)
         if method != "apm":

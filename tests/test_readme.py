@@ -55,7 +55,7 @@ RUN = {
         Run("--dataset imagefolder --data-root set --teacher clip.pt --iterations 1 --report-at 1")
     ),
     "python single_token_segmentation/evaluate_tta.py --dataset imagefolder --data-root FOLDER "
-    "--teacher ViT-B/16 --templates clip80": (
+    "--teacher ViT-B/16 --templates clip80 --output outputs/mine": (
         Run("--data-root set --teacher clip.pt --iterations 1 --report-at 1 --limit 1")
     ),
     "python misc_scripts/make_corruptions.py --input cifar10_test --layout npy --parameters cifar "

@@ -15,6 +15,8 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
+from apm.runtime.files import LOCK
+
 IMAGE_SUFFIXES = frozenset(
     suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
 )
@@ -134,7 +136,8 @@ def find_images(source: str | Path, limit: int | None = None) -> list[Path]:
     """The image files named by ``source``: one file, or every image below a folder, sorted.
 
     Of more than ``limit`` these are spread over all.
-    Hidden files and folders are left out: thumbnails, notebooks' copies, half-written files.
+    Hidden files and folders are left out: thumbnails, notebooks' copies, half-written files. So
+    are folders below that a run wrote to, whose pictures were made of these.
     Linked folders are followed, each real folder once. Where there is none, there is an error.
     """
     source = Path(source)
@@ -145,7 +148,8 @@ def find_images(source: str | Path, limit: int | None = None) -> list[Path]:
     paths: list[Path] = []
     seen: set[str] = set()
     for parent, folders, files in os.walk(source, followlinks=True):
-        if (real := os.path.realpath(parent)) in seen:
+        made = LOCK in files and Path(parent) != source
+        if made or (real := os.path.realpath(parent)) in seen:
             folders.clear()
             continue
         seen.add(real)

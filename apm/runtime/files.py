@@ -43,16 +43,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def prepare_output(folder: str | Path, source: Path | None = None) -> Path:
+def prepare_output(folder: str | Path) -> Path:
     """Create an output folder and lock it for this process alone, before any long work.
 
     Half-written files of killed processes are removed. A folder that cannot be written to, or that
-    another process writes to, is refused with a ``ValueError``; so is one within the ``source`` of
-    the images, where the next run would take what this one made for images.
+    another process writes to, is refused with a ``ValueError``.
     """
     folder = Path(folder)
-    if source and folder.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"{folder} lies within --input {source}; choose another --output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _locks.setdefault(folder.resolve(), FileLock(folder / LOCK)).acquire(timeout=0)

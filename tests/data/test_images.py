@@ -24,6 +24,7 @@ from apm.data.images import (
 )
 from apm.data.training_set import TrainingSet
 from apm.preprocessing import Preprocessing
+from apm.runtime.files import LOCK
 
 
 def make_folder(path):
@@ -235,6 +236,9 @@ def test_find_images(tmp_path):
         (tmp_path / f"{index}.png").unlink()
     assert find_images(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]
     assert list(image_names(tmp_path)) == ["b/a", "b/c", "z"]
+    (tmp_path / "b" / LOCK).touch()  # of a run that wrote there
+    assert list(image_names(tmp_path)) == ["z"]
+    assert list(image_names(tmp_path / "b")) == ["a", "c"]
     with pytest.raises(FileNotFoundError, match="no image in this folder"):
         find_images(make_folder(tmp_path / "empty"))
     with pytest.raises(FileNotFoundError, match="no such file or folder"):

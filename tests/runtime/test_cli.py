@@ -151,7 +151,7 @@ def test_help_shows_defaults_as_they_are_typed(capsys, monkeypatch):
     printed = parser.format_help()
     for line in (
         "seed of all randomness (default: 0)",
-        "at most this many images (default: all)",
+        "at most this many images, from all over (default: all)",
         f"folder for the results (default: outputs{os.sep}x%y)",
         f" p (default: assets{os.sep}a.jpg b.jpg)",
         " q (default: 1,5,10)",

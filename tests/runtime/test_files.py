@@ -116,15 +116,6 @@ def test_a_file_is_no_output_folder(tmp_path):
             prepare_output(tmp_path / output)
 
 
-def test_an_output_among_the_images_is_refused(tmp_path):
-    for output in (".", "out", "out/deep"):
-        with pytest.raises(ValueError, match="lies within --input"):
-            prepare_output(tmp_path / output, tmp_path)
-    assert names(tmp_path) == set()
-    prepare_output(tmp_path / "out", tmp_path / "images")
-    prepare_output(tmp_path, tmp_path / "images")  # the images' own neighbourhood
-
-
 # Settings, JSON, arrays
 
 
