@@ -50,7 +50,7 @@ from matplotlib import colormaps
 
 from apm import load_model
 from apm.comparison import Colours, Look, directions, palettes, score, teacher_of
-from apm.data.images import Skipped, UnreadableImage, image_names, load_images, spread
+from apm.data.images import Skipped, UnreadableImage, image_names, load_images
 from apm.drawing import island_row, overlay, panels, save_picture, shape_of
 from apm.islands import sample_landmarks
 from apm.page import Page, percept_panels, size_caption
@@ -92,8 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = select_device(args.device)
     if args.score:
-        every = [*pair_with_masks(args.input, args.masks).items()]
-        pairs = dict(every[index] for index in spread(len(every), args.limit))
+        pairs = pair_with_masks(args.input, args.masks, args.limit)
         paths = {name: image for name, (image, _) in pairs.items()}
     else:
         pairs, paths = {}, image_names(args.input, args.limit)

@@ -13,7 +13,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
 from apm.consensus import COLOUR, agree
-from apm.data.images import UnreadableImage, image_names, load_labels
+from apm.data.images import UnreadableImage, image_names, load_labels, spread
 from apm.preprocessing import Preprocessing
 
 UNLABELLED = 0
@@ -21,15 +21,21 @@ MIN_SHARE = 10 / 32**2  # of a picture's locations, that a class must have to co
 PCA_DIM = 32
 
 
-def pair_with_masks(images: Path, masks: Path) -> dict[str, tuple[Path, Path]]:
-    """The images of a folder that have a mask of their name in another: name -> image, mask."""
+def pair_with_masks(
+    images: Path, masks: Path, limit: int | None = None
+) -> dict[str, tuple[Path, Path]]:
+    """The images of a folder that have a mask of their name in another: name -> image, mask.
+
+    ``limit`` as of ``find_images``.
+    """
     found = image_names(masks)
     pairs = {
         name: (path, found[name]) for name, path in image_names(images).items() if name in found
     }
     if not pairs:
         raise ValueError(f"{masks}: no mask has the name of an image of {images}")
-    return pairs
+    names = [*pairs]
+    return {names[index]: pairs[names[index]] for index in spread(len(names), limit)}
 
 
 def mask_labels(

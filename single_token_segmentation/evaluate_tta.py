@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     for method, answer in tqdm(peers.items(), "costs", unit="method", disable=not peers):
         costs[method] = peer_cost(answer, teacher)
     todo = {
-        method: [index for index in chosen if index in targets and index not in log.done]
+        method: [index for index in targets if index not in log.done]
         for method, log in logs.items()
     }
     for method, answer in peers.items():

@@ -40,7 +40,7 @@ def embed_set(
         skipped: takes the images that cannot be read.
 
     Returns:
-        Index -> ``(F,)`` on the CPU.
+        Index -> ``(F,)`` on the CPU, of the asked images that can be read, in their order.
 
     Raises:
         ValueError: if the file is damaged, or no image can be read.
@@ -73,7 +73,7 @@ def embed_set(
     skipped.refuse_all(len(indices))
     if missing and kept:
         write()
-    return kept
+    return {index: kept[index] for index in indices if index in kept}
 
 
 def row_columns(report_at: Sequence[int]) -> list[str]:

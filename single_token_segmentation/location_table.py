@@ -85,7 +85,6 @@ def main(argv: list[str] | None = None) -> None:
     chosen, skipped = spread(len(data), args.limit), Skipped()
     path = output / "embeddings.safetensors"
     targets = embed_set(teacher, data, chosen, path, skipped, args.workers)
-    wanted = [index for index in chosen if index in targets]
 
     def adapt(arm: str, count: int, indices: Iterable[int]) -> RowLog:
         log = RowLog(output / f"{name_of(count, arm)}.csv", row_columns(args.report_at))
@@ -101,10 +100,10 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for arm in args.arms:
         for count in args.locations:
-            log = adapt(arm, count, wanted)
-            rows.append(table_row(name_of(count, arm), log, set(wanted), args.iterations))
+            log = adapt(arm, count, targets)
+            rows.append(table_row(name_of(count, arm), log, set(targets), args.iterations))
             print_methods(rows[-1:])
-    results.save(output, images=len(wanted), skipped=len(skipped), rows=rows)
+    results.save(output, images=len(targets), skipped=len(skipped), rows=rows)
     print_methods(rows)
     print(f"{output / 'results.json'}; the same command goes on where it was stopped")
 

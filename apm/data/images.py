@@ -135,10 +135,10 @@ def _white(mode: str, file_format: str | None, values: np.ndarray) -> float:
 def find_images(source: str | Path, limit: int | None = None) -> list[Path]:
     """The image files named by ``source``: one file, or every image below a folder, sorted.
 
-    Of more than ``limit`` these are spread over all.
-    Hidden files and folders are left out: thumbnails, notebooks' copies, half-written files. So
-    are folders below that a run wrote to, whose pictures were made of these.
-    Linked folders are followed, each real folder once. Where there is none, there is an error.
+    Of more than ``limit`` so many are taken, spread over all. Hidden files and folders are left
+    out: thumbnails, notebooks' copies, half-written files. So are folders below that a run wrote
+    to, whose pictures were made of these. Linked folders are followed, each real folder once. Where
+    there is no image, there is an error.
     """
     source = Path(source)
     if not source.is_dir():
